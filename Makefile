@@ -1,0 +1,35 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+# Ray's own choice of authentication depends on what an earlier program left in the home folder; ours does not.
+export RAY_AUTH_MODE ?= disabled
+
+.PHONY: install quickstart test test-slow check format serve
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+quickstart: install
+	$(BIN)/python jobs/quickstart.py
+
+test: install
+	$(BIN)/python -m pytest -m "not slow and not gpu and not network"
+
+test-slow: install
+	$(BIN)/python -m pytest -m "slow"
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+serve: install
+	$(BIN)/serve run serving.app:build model=$(or $(MODEL),runs/quickstart/finetune/export) quant=$(or $(QUANT),nf4)

@@ -1,0 +1,1 @@
+"""How weights lie on disk: our store, and the layouts of other projects."""

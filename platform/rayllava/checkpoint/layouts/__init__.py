@@ -1,0 +1,1 @@
+"""Folder layouts of checkpoints: one file a project."""

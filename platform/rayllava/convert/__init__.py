@@ -1,0 +1,1 @@
+"""Read, write, prove: between any two layouts."""

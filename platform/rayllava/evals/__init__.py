@@ -1,0 +1,1 @@
+"""Benchmarks: ask and score, each alone."""

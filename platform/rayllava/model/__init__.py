@@ -1,0 +1,1 @@
+"""Spec to module: build, tune, quantize, forward and loss."""
