@@ -92,6 +92,19 @@ def absolute(folder: str) -> str:
     return folder if "://" in folder else str(Path(folder).absolute())
 
 
+def train(doc: str | None, argv: list[str]) -> None:
+    """Run a training job from its words."""
+    words = recipe_words(parser(doc or "")).parse_args(argv)
+    recipe = read_recipe(words.recipe, words.fields)
+    if words.dry_run:
+        print(show(recipe))
+        return
+    with connect(words.address, num_cpus=recipe.scale.max_workers + recipe.scale.decoders + 1):
+        from rayllava.train.launch import train as launch
+
+        launch(recipe)
+
+
 def show(recipe: Recipe) -> str:
     return json.dumps(recipe.model_dump(), indent=1, ensure_ascii=False)
 

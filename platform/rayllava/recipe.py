@@ -113,6 +113,8 @@ class DataSpec(Spec):
     """Most samples in one forward pass. Part of what a step computes: never follows the workers."""
     tail: Literal["short", "drop", "repeat"] = "short"
     """The last, incomplete step of an epoch: short, left out, or filled from the epoch's beginning."""
+    budget: float = Field(0.001, ge=0, le=1)
+    """Largest share of samples that may prove unusable in training before the run fails."""
 
 
 class OptimSpec(Spec):
@@ -154,6 +156,12 @@ class ScaleSpec(Spec):
         if not low.isdigit() or not (high or low).isdigit() or not 1 <= int(low) <= int(high or low):
             raise ValueError("give N or MIN:MAX with 1 <= MIN <= MAX")
         return str(value)
+
+    @model_validator(mode="after")
+    def _has_masters(self) -> Self:
+        if self.zero == 0 and self.dtype != "float32":
+            raise ValueError("zero=0 is for float32; with dtype=bfloat16 use zero=1, 2 or 3")
+        return self
 
     @property
     def min_workers(self) -> int:

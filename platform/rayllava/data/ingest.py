@@ -1,0 +1,185 @@
+"""Record -> Sample, or the reason why not.
+
+settle  turns as annotated -> system? (user assistant)+     what was mended is named
+check   what can be told without opening a picture          on the driver, in file order
+load    every picture read and fully decoded                in a Ray task; its bytes stay as they were
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError
+
+from rayllava.data.sources import Record
+from rayllava.recipe import Spec
+from rayllava.records import IMAGE_MARK, Sample, Turn
+
+MAX_BYTES = 60 << 20
+"""Most bytes of pictures in one record: 32 of them must fit into one column chunk of Arrow."""
+
+Policy = Literal["fail", "skip"]
+
+
+class ShardSpec(Spec):
+    """The knobs of sharding."""
+
+    images: str = ""
+    """Folder that the paths of the records are relative to; text alone needs none."""
+    policy: Policy = "fail"
+    """What a bad record does: fail ends the job, skip lists it in rejected.jsonl and goes on."""
+    budget: float | None = Field(None, ge=0, le=1)
+    """Share of all records that policy=skip may leave out; empty is 0.01, or ten records if that is more."""
+    rows: int = Field(1024, ge=1)
+    """Records in a shard, and so in a task."""
+    seed: int = 42
+    """Of the order in which records are cut into shards."""
+
+    @classmethod
+    def read(cls, words: list[str]) -> Self:
+        """Return the knobs with `field=value` words applied; a mistake is a one-line ValueError."""
+        values: dict[str, str | None] = {}
+        for word in words:
+            field, equals, value = word.partition("=")
+            if not equals or field not in cls.model_fields:
+                raise ValueError(f"unknown field {word!r}; there are: {', '.join(cls.model_fields)}")
+            values[field] = value if value or field == "images" else None
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = str(first["loc"][0])
+            message = first["msg"][0].lower() + first["msg"][1:]
+            raise ValueError(f"{field}={values[field]}: {message}") from error
+
+    def allowed(self, num_records: int) -> int:
+        """Return how many of the records may be rejected."""
+        if self.policy == "fail":
+            return 0
+        return int(self.budget * num_records) if self.budget is not None else max(10, num_records // 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A record that became no sample: a line of rejected.jsonl."""
+
+    source: str
+    line: int
+    id: str
+    reason: str
+
+    @classmethod
+    def of(cls, record: Record, reason: str, *, source: str) -> Self:
+        return cls(source=source, line=record.line, id=record.id, reason=reason)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def settle(record: Record) -> tuple[Record, list[str]]:
+    """Return the record with its turns in the order that training needs, and what was done to get there.
+
+    The mending is what LLaVA or XTuner do in silence; what they crash on is left to `check`.
+    """
+    turns, mended = list(record.turns), []
+    head = [turns.pop(0)] if turns and turns[0].role == "system" else []
+    while turns and turns[0].role == "assistant":
+        turns.pop(0)
+        mended.append("answer before the first question dropped")
+    joined: list[Turn] = []
+    for turn in turns:
+        if joined and turn.role == "user" and joined[-1].role == "user":
+            joined[-1] = Turn(role="user", text=f"{joined[-1].text}\n{turn.text}")
+            mended.append("questions in a row joined")
+        else:
+            joined.append(turn)
+    if joined and joined[-1].role == "user":
+        joined.pop()
+        mended.append("question without an answer dropped")
+    return (replace(record, turns=(*head, *joined)) if mended else record), mended
+
+
+def check(record: Record) -> str:
+    """Return why a settled record cannot become a sample; empty when nothing speaks against it so far."""
+    if record.fault:
+        return record.fault
+    dialogue = record.turns[1:] if record.turns and record.turns[0].role == "system" else record.turns
+    for number, turn in enumerate(dialogue):
+        if turn.role != ("user", "assistant")[number % 2]:
+            return (
+                f"turn {number + 1 + len(record.turns) - len(dialogue)} is a second {turn.role} turn in a row"
+            )
+    if not any(turn.text.strip() for turn in dialogue[1::2]):
+        return "it has no answer to learn from"
+    return _unwritable(record) or _misplaced(record.images) or _miscounted(dialogue[::2], record.images)
+
+
+def load(record: Record, images_dir: Path | None) -> Sample:
+    """Return the sample with its pictures as they lie on disk.
+
+    Raises ValueError with the reason when a picture is missing, too large or cannot be decoded completely.
+    An error of the disk itself rises: it says nothing about the record.
+    """
+    from rayllava.prompt import pixels
+
+    images = []
+    for name in record.images:
+        assert images_dir is not None, "pictures without a folder were refused on the driver"
+        content = _content(images_dir / name, name)
+        try:
+            pixels.decode(content)
+        except ValueError as error:
+            raise ValueError(f"image {name}: {error}") from error
+        images.append(content)
+    if (size := sum(map(len, images))) > MAX_BYTES:
+        raise ValueError(f"its images take {size / 2**20:.0f} MiB; {MAX_BYTES >> 20} is the most")
+    return Sample(id=record.id, turns=record.turns, images=tuple(images))
+
+
+_NAMED_WRONG = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}
+
+
+def _content(path: Path, name: str) -> bytes:
+    try:
+        if not path.is_file():
+            raise ValueError(f"image {name} is missing")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"image {name} takes {size / 2**20:.0f} MiB; {MAX_BYTES >> 20} is the most")
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno not in _NAMED_WRONG:
+            raise
+        raise ValueError(f"image {name} cannot be read ({error.strerror})") from error
+
+
+def _unwritable(record: Record) -> str:
+    try:
+        "".join([record.id, *record.images, *(turn.text for turn in record.turns)]).encode()
+    except UnicodeEncodeError:
+        return "its text holds half a surrogate pair, which is no character"
+    return ""
+
+
+def _misplaced(names: Iterable[str]) -> str:
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            return f"image {name} lies outside the image folder"
+    return ""
+
+
+def _miscounted(questions: Iterable[Turn], images: tuple[str, ...]) -> str:
+    marks = [question.text.count(IMAGE_MARK) for question in questions]
+    if sum(marks) == len(images):
+        return ""
+    if len(images) == 1 and sum(1 for count in marks if count) == 1:
+        return ""  # LLaVA takes the marks of a turn for one
+    return f"{_num(sum(marks), f'{IMAGE_MARK} mark')} in its questions for {_num(len(images), 'image')}"
+
+
+def _num(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,210 @@
+"""Samples on disk: written once, then read at any row number.
+
+OUT/shard-00000.parquet ...   id string, images list<binary>, turns list<struct<role, text>>
+OUT/row_images.npy            pictures of every row       } what a plan needs, mapped into memory
+OUT/row_text.npy              UTF-8 bytes of every row    } without opening a shard
+OUT/rejected.jsonl            records left out: source, line, id, reason
+OUT/manifest.json             written last: a folder without it is not a shard folder
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from rayllava import durable
+from rayllava.data.plan import GROUP, WINDOW
+from rayllava.records import Sample, Turn
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ROW_FILES = {"row_images": np.uint16, "row_text": np.uint32}
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("images", pa.list_(pa.binary())),
+        ("turns", pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())]))),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file."""
+
+    file: str
+    rows: int
+    row_groups: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class ShardManifest:
+    """What a shard folder holds."""
+
+    dir: Path
+    shards: tuple[Shard, ...]
+    row_files: dict[str, str]
+    """Digest of each file of per-row facts."""
+    rows_per_group: int
+    """Rows of a row group; the last one of a shard may have fewer."""
+    origin: dict[str, Any]
+    """source, annotations, images, seed, ...: where the samples came from."""
+    counts: dict[str, int]
+    """records, samples, images, text_only, rejected"""
+    mended: dict[str, int]
+    """What was done to how many records so that their turns alternate."""
+    digest: str
+    """Of everything a sample can be read from; the same wherever the folder lies."""
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Self:
+        """Read DIR/manifest.json; a folder without one is a ValueError with the cure."""
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            raise ValueError(
+                f"data={folder} is not a shard folder (no {MANIFEST}); make one with jobs/shard.py"
+            )
+        try:
+            tree = json.loads(path.read_bytes())
+            if tree["format"] != FORMAT:
+                raise ValueError(
+                    f"data={folder} has shard format {tree['format']}, this version reads {FORMAT}; "
+                    "make it again with jobs/shard.py"
+                )
+            shards = tuple(Shard(**shard) for shard in tree.pop("shards"))
+            fields = {name: tree[name] for name in cls.__dataclass_fields__ if name not in ("dir", "shards")}
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged; make the folder again with jobs/shard.py") from error
+        return cls(dir=Path(folder), shards=shards, **fields)
+
+    def save(self) -> None:
+        tree = {"format": FORMAT} | {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("dir", "shards")
+        }
+        durable.write_json(self.dir / MANIFEST, tree | {"shards": [asdict(shard) for shard in self.shards]})
+
+    @property
+    def num_samples(self) -> int:
+        return self.counts["samples"]
+
+    @cached_property
+    def row_images(self) -> NDArray[np.uint16]:
+        """(num_samples,) pictures of each row."""
+        return self._row_file("row_images")
+
+    @cached_property
+    def row_text(self) -> NDArray[np.uint32]:
+        """(num_samples,) UTF-8 bytes of each row's turns."""
+        return self._row_file("row_text")
+
+    def lengths(self, num_image_tokens: int) -> NDArray[np.int64]:
+        """Return an estimate of each row's positions: good for balancing work, not for cutting."""
+        return 16 + self.row_text.astype(np.int64) // 4 + self.row_images.astype(np.int64) * num_image_tokens
+
+    @cached_property
+    def group_rows(self) -> NDArray[np.int64]:
+        """Rows of every row group, in row order over all shards."""
+        sizes = [np.empty(0, np.int64)]
+        for shard in self.shards:
+            groups = np.full(shard.row_groups, self.rows_per_group, np.int64)
+            groups[-1] += shard.rows - groups.sum()
+            sizes.append(groups)
+        return np.concatenate(sizes)
+
+    def _row_file(self, name: str) -> NDArray[Any]:
+        rows = np.load(self.dir / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        if len(rows) != self.num_samples:
+            raise ValueError(
+                f"{self.dir / name}.npy has {len(rows)} rows, the manifest {self.num_samples}; make it again"
+            )
+        return rows
+
+
+class ShardReader:
+    """Samples by row number over all shards of a folder.
+
+    Reads row groups, checks their checksums, and keeps the last ones: as many as a plan mixes, so that
+    walking a plan reads every group once. One reader may serve several threads.
+    """
+
+    def __init__(self, folder: Path | str, *, num_files: int = 64, num_groups: int = WINDOW) -> None:
+        self.manifest = ShardManifest.load(folder)
+        self._ends = np.cumsum([shard.rows for shard in self.manifest.shards])
+        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._num_files = num_files
+        self._num_groups = num_groups
+        self._lock = threading.Lock()
+
+    def read(self, indices: Sequence[int] | NDArray[np.integer]) -> list[Sample]:
+        """Return the samples with these row numbers, in this order."""
+        # Row groups one after the other, however the rows are mixed, so that a small cache does not thrash.
+        found: dict[int, Sample] = {}
+        for index in sorted({int(index) for index in indices}):
+            assert 0 <= index < self.manifest.num_samples, f"row {index} of {self.manifest.num_samples}"
+            shard = int(np.searchsorted(self._ends, index, side="right"))
+            row = index - (int(self._ends[shard - 1]) if shard else 0)
+            group, row = divmod(row, self.manifest.rows_per_group)
+            found[index] = _sample(self._group(shard, group), row)
+        return [found[int(index)] for index in indices]
+
+    def _group(self, shard: int, group: int) -> pa.Table:
+        with self._lock:
+            table = self._groups.pop((shard, group), None)
+            if table is None:
+                table = self._file(shard).read_row_group(group, use_threads=False)
+            self._groups[shard, group] = table
+            if len(self._groups) > self._num_groups:
+                self._groups.popitem(last=False)
+            return table
+
+    def _file(self, shard: int) -> pq.ParquetFile:
+        file = self._files.pop(shard, None)
+        if file is None:
+            path = self.manifest.dir / self.manifest.shards[shard].file
+            file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        self._files[shard] = file
+        if len(self._files) > self._num_files:
+            self._files.popitem(last=False)[1].close()
+        return file
+
+
+def write_parquet(path: Path, samples: Iterable[Sample], *, rows_per_group: int = GROUP) -> None:
+    """Write one shard, a row group at a time; what was written before an error stays behind."""
+    # Pictures are compressed already, and statistics would copy whole pictures into the footer.
+    with pq.ParquetWriter(
+        path,
+        SCHEMA,
+        compression={"id": "zstd", "images.list.element": "none"}
+        | {f"turns.list.element.{field}": "zstd" for field in ("role", "text")},
+        use_dictionary=["turns.list.element.role"],
+        write_statistics=False,
+        write_page_checksum=True,
+    ) as writer:
+        rows: list[dict[str, Any]] = []
+        for sample in samples:
+            turns = [asdict(turn) for turn in sample.turns]
+            rows.append({"id": sample.id, "images": list(sample.images), "turns": turns})
+            if len(rows) == rows_per_group:
+                writer.write_table(pa.Table.from_pylist(rows, SCHEMA), row_group_size=rows_per_group)
+                rows = []
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA), row_group_size=rows_per_group)
+
+
+def _sample(group: pa.Table, row: int) -> Sample:
+    values = {name: group.column(name)[row].as_py() for name in SCHEMA.names}
+    turns = tuple(Turn(role=turn["role"], text=turn["text"]) for turn in values["turns"])
+    return Sample(id=values["id"], turns=turns, images=tuple(values["images"]))

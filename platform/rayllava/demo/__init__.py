@@ -1,0 +1,1 @@
+"""The quickstart's own: pictures, warm-up and report."""

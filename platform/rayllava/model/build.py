@@ -1,0 +1,137 @@
+"""Spec -> module: the parts of a model put together as transformers' LlavaForConditionalGeneration.
+
+    language model folder -+
+    vision tower folder   -+-> LlavaForConditionalGeneration, its projector new (seeded)
+    [earlier runs]        ---> trained parameters laid over it, oldest run first
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from rayllava.checkpoint import store
+from rayllava.recipe import ModelSpec, ProcessorSpec, Recipe
+
+
+def build(model: ModelSpec, processor: ProcessorSpec, *, seed: int) -> Any:
+    """Return the float32 model on the CPU with a new projector drawn from `seed`.
+
+    Rows that the tokenizer gained (`<image>`, `<pad>`) are drawn around the mean of the old rows; the table is
+    padded to a multiple of 64, as the published Hugging Face checkpoints are.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlavaConfig
+    from transformers import LlavaForConditionalGeneration
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    llm = AutoModelForCausalLM.from_pretrained(model.llm, dtype=torch.float32)
+    tower = _tower(AutoModel, AutoConfig, model.vision)
+    rows = max(processor.image_token_id, processor.pad_token_id) + 1
+    if rows > llm.get_input_embeddings().weight.shape[0]:
+        llm.resize_token_embeddings(rows, pad_to_multiple_of=64)
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=llm.config,
+        image_token_index=processor.image_token_id,
+        image_seq_length=processor.num_image_tokens,
+        vision_feature_layer=model.vision_feature_layer,
+        vision_feature_select_strategy=model.vision_feature_select,
+        projector_hidden_act="gelu",
+        tie_word_embeddings=llm.config.tie_word_embeddings,
+        pad_token_id=processor.pad_token_id,
+    )
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(config)
+    llava.model.language_model = llm.model
+    llava.lm_head = llm.lm_head
+    llava.model.vision_tower = tower
+    llava.model.multi_modal_projector = _projector(llava.model.multi_modal_projector, seed)
+    return llava.eval()
+
+
+def lay_over(llava: nn.Module, checkpoint_dir: Path) -> list[str]:
+    """Copy the trained parameters of a checkpoint into the model and return their names."""
+    parameters = dict(llava.named_parameters())
+    names = []
+    with torch.no_grad():
+        for name, tensor in read_tensors(checkpoint_dir, "param/"):
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                raise ValueError(f"init_from: {checkpoint_dir} holds {name} {tuple(tensor.shape)}, not this model's")
+            parameters[name].copy_(tensor)
+            names.append(name)
+    return names
+
+
+def read_tensors(checkpoint_dir: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a checkpoint whose stored name starts with `prefix`, without it, one at a time."""
+    for path in sorted(checkpoint_dir.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                if key.startswith(prefix):
+                    yield key.removeprefix(prefix), file.get_tensor(key)
+
+
+def initial(recipe: Recipe, processor: ProcessorSpec) -> Any:
+    """Return the model a run starts from: its parts, and the result of every run named by `init_from`."""
+    assert recipe.model is not None, "resolved recipes name their model parts"
+    llava = build(recipe.model, processor, seed=recipe.seed)
+    for run_dir in ancestry(recipe):
+        lay_over(llava, final_checkpoint(run_dir))
+    return llava
+
+
+def ancestry(recipe: Recipe) -> list[Path]:
+    """Return the runs that `init_from` leads back to, the oldest first."""
+    runs: list[Path] = []
+    while recipe.init_from:
+        runs.insert(0, Path(recipe.init_from))
+        recipe = store.read_run(runs[0], field="init_from").recipe
+    return runs
+
+
+def final_checkpoint(run_dir: Path) -> Path:
+    """Return the last checkpoint of a finished run; ValueError when it is unfinished or damaged."""
+    manifest = store.read_run(run_dir, field="init_from")
+    found = store.Store(run_dir).latest()
+    step = found[1].step if found else 0
+    if found is None or step != manifest.num_steps:
+        raise ValueError(
+            f"init_from={run_dir} has done {step} of its {manifest.num_steps} steps; run its command again first"
+        )
+    return found[0]
+
+
+def result(run_dir: Path) -> tuple[Any, store.RunManifest]:
+    """Return the model that a finished run trained, float32 on the CPU, and the run's manifest."""
+    manifest = store.read_run(run_dir)
+    llava = initial(manifest.recipe, manifest.processor)
+    lay_over(llava, final_checkpoint(run_dir))
+    return llava, manifest
+
+
+def _tower(auto_model: Any, auto_config: Any, folder: str) -> Any:
+    """Load a vision tower; a folder that holds a whole CLIP gives its vision half."""
+    config = auto_config.from_pretrained(folder)
+    if config.model_type == "clip":
+        from transformers import CLIPVisionModel
+
+        return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+    return auto_model.from_pretrained(folder, dtype=torch.float32)
+
+
+def _projector(projector: nn.Module, seed: int) -> nn.Module:
+    """Give the projector memory and fresh weights: torch's default for linear layers, from a seed of its own."""
+    projector = projector.to_empty(device="cpu").float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in projector.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+    return projector

@@ -1,0 +1,76 @@
+"""Batch -> loss: pictures through tower and projector, tokens through the language model, targets through the head.
+
+Written out instead of calling the model's own forward, for three reasons: the frozen tower runs without a
+graph; the vision branch runs on every rank even where an atom has no picture; the head sees targets only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rayllava.model.normalise import normalise
+from rayllava.records import IGNORE, Batch
+from rayllava.recipe import ProcessorSpec
+
+
+class LossModel(nn.Module):
+    """A LLaVA whose forward is the loss summed over the targets of a batch."""
+
+    def __init__(self, llava: Any, spec: ProcessorSpec) -> None:
+        super().__init__()
+        self.llava = llava
+        self.spec = spec
+        self.tower_trains = any(p.requires_grad for p in llava.model.vision_tower.parameters())
+
+    def forward(self, ids: Tensor, labels: Tensor, lengths: Tensor, pixels: Tensor) -> Tensor:
+        """Return the summed cross-entropy of all target positions, a scalar in float32.
+
+        ids, labels (B, T) int64; lengths (B,); pixels (N, 3, S, S) uint8, N may be 0.
+        """
+        hidden = self.hidden(ids, lengths, pixels)  # (B, T, D)
+        targets = labels[:, 1:] != IGNORE
+        logits = self.llava.lm_head(hidden[:, :-1][targets])  # (targets, V)
+        return F.cross_entropy(logits.float(), labels[:, 1:][targets], reduction="sum")
+
+    def hidden(self, ids: Tensor, lengths: Tensor, pixels: Tensor) -> Tensor:
+        """Return the language model's last hidden states, (B, T, D)."""
+        body = self.llava.model
+        embeds = self.llava.get_input_embeddings()(ids)  # (B, T, D)
+        features = self.image_features(pixels, dtype=embeds.dtype)  # (max(N, 1), P, D)
+        if len(pixels):
+            at = (ids == self.spec.image_token_id).unsqueeze(-1)
+            assert int(at.sum()) == features.shape[0] * features.shape[1], "image tokens and features differ"
+            embeds = embeds.masked_scatter(at, features)
+        else:
+            # ZeRO-3 gathers in lockstep: a rank that skipped the vision branch would hang the others.
+            embeds = embeds + 0.0 * features.sum()
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        mask = (positions < lengths.unsqueeze(1)).long()  # (B, T)
+        return body.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def image_features(self, pixels: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """Return projected patch features; for no picture at all, those of one zero picture."""
+        body, config = self.llava.model, self.llava.config
+        if not len(pixels):
+            size = self.spec.image_size
+            pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=pixels.device)
+        with torch.set_grad_enabled(self.tower_trains and torch.is_grad_enabled()):
+            seen = body.vision_tower(normalise(pixels, self.spec, dtype=dtype), output_hidden_states=True)
+            states = seen.hidden_states[config.vision_feature_layer]  # (N, P + 1, C)
+        if config.vision_feature_select_strategy == "default":
+            states = states[:, 1:]
+        return body.multi_modal_projector(states.to(dtype))
+
+
+def tensors(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Return the forward's arguments on a device."""
+    return {
+        "ids": torch.from_numpy(batch.ids).to(device, torch.int64),
+        "labels": torch.from_numpy(batch.labels).to(device, torch.int64),
+        "lengths": torch.from_numpy(batch.lengths).to(device, torch.int64),
+        "pixels": torch.from_numpy(batch.pixels).to(device),
+    }

@@ -1,0 +1,205 @@
+"""DeepSpeed behind a few verbs: backward, step, save, load. Runs without Ray.
+
+The loss of a step is the sum over its target tokens divided by their global number. Ranks may hold different
+numbers of atoms, so DeepSpeed's own averaging over micro batches is switched off: each atom's summed loss is
+scaled by W / N_global here, and gradients are averaged over the W ranks by DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rayllava import durable
+from rayllava.model.build import read_tensors
+from rayllava.model.forward import LossModel, tensors
+from rayllava.model.tuning import parameter_groups
+from rayllava.records import Batch
+from rayllava.recipe import Recipe
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine:
+    """A model, its optimizer and their ZeRO partition, on one rank of an initialised process group."""
+
+    def __init__(self, model: LossModel, recipe: Recipe, *, device: torch.device) -> None:
+        if device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed, and is told so at every step.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        import deepspeed
+
+        self.recipe = recipe
+        self.device = device
+        self.world_size = torch.distributed.get_world_size()
+        self.rank = torch.distributed.get_rank()
+        self.zero = recipe.scale.zero
+        if recipe.scale.checkpointing:
+            model.llava.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        model.llava.model.vision_tower.train(model.tower_trains)
+        optim = recipe.optim
+        optimizer = torch.optim.AdamW(parameter_groups(model, optim), betas=optim.betas, eps=optim.eps)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model.to(device), optimizer=optimizer, config=_config(recipe)
+        )
+
+    def backward(self, batch: Batch, *, num_targets: int, last: bool) -> float:
+        """Add the gradients of one atom and return its summed loss.
+
+        `num_targets` counts the whole step on all ranks; `last` is true for this rank's last atom of the step.
+        """
+        loss = self.deepspeed(**tensors(batch, self.device))
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss * (self.world_size / num_targets), scale_wrt_gas=False)
+        return float(loss.detach())
+
+    def step(self, factor: float) -> None:
+        """Update the weights with every base learning rate times `factor`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self.deepspeed.step()
+
+    def sum(self, *values: float) -> list[float]:
+        """Return each value summed over the ranks."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.device.type == "cuda":
+            total = total.to(self.device)
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step before clipping; ZeRO-0 does not keep it."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    # -- state without a world size ----------------------------------------------------------------------
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """Write this rank's share of the trained state and return {file name: digest}. Collective.
+
+        Every parameter is gathered in turn and kept by one rank, so no rank holds the whole.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        self._link_states()
+        kept: dict[str, Tensor] = {}
+        for index, (name, parameter) in enumerate(self._trained()):
+            if self._plain:
+                state = self.optimizer.state[parameter]
+                full = [parameter.data, *(state[moment] for moment in _MOMENTS)]
+            else:
+                full = [safe_get_full_fp32_param(parameter)]
+                full += [safe_get_full_optimizer_state(parameter, moment) for moment in _MOMENTS]
+            if index % self.world_size == self.rank:
+                for kind, tensor in zip(("param", *_MOMENTS), full, strict=True):
+                    assert tensor.shape == _full_shape(parameter), f"{kind} of {name} is not whole"
+                    kept[f"{kind}/{name}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        if not kept:
+            return {}
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"state-{self.rank:05d}.safetensors"
+        save_file(kept, path)
+        durable.sync_file(path)
+        return {path.name: durable.digest(path)}
+
+    def load(self, checkpoint_dir: Path, *, step: int) -> None:
+        """Take over weights, moments and step count of a checkpoint saved under any ZeRO stage and world size.
+
+        The weights must already lie in the module that this engine was made of (model.build.lay_over): what
+        DeepSpeed derived from them at start-up cannot be replaced afterwards in every stage.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self._prime()
+        self._link_states()
+        trained = dict(self._trained())
+        for kind in ("param", *_MOMENTS):
+            missing = set(trained)
+            for name, tensor in read_tensors(checkpoint_dir, f"{kind}/"):
+                parameter = trained[name]
+                missing.discard(name)
+                tensor = tensor.to(self.device)
+                if kind == "param":
+                    if not self._plain:
+                        safe_set_full_fp32_param(parameter, tensor)
+                elif self._plain:
+                    self.optimizer.state[parameter][kind].copy_(tensor)
+                else:
+                    safe_set_full_optimizer_state(parameter, tensor, kind)
+            assert not missing, f"checkpoint {checkpoint_dir} lacks {kind} of {sorted(missing)[:3]}"
+        for state in self._inner.state.values():
+            if "step" in state:
+                state["step"] = torch.full_like(state["step"], float(step))
+
+    def _prime(self) -> None:
+        """Make the optimizer's states exist by one step that changes nothing: rate 0, loss times 0."""
+        model = self.deepspeed.module
+        ids = torch.full((1, 2), model.spec.pad_token_id, device=self.device)
+        size = model.spec.image_size
+        pixels = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=self.device)
+        labels = ids.clone()
+        loss = self.deepspeed(ids=ids, labels=labels, lengths=ids.new_full((1,), 2), pixels=pixels) * 0.0
+        self.deepspeed.set_gradient_accumulation_boundary(True)
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        self.step(0.0)
+        assert decays == [group["weight_decay"] for group in self.optimizer.param_groups]
+
+    def _link_states(self) -> None:
+        """Tie the optimizer's states to parameters in every group.
+
+        DeepSpeed 0.19.8 does that after the first group of the first step and so forgets all later groups.
+        """
+        link = getattr(self.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            self.optimizer._hp_optimizer_states_linked = False
+            link()
+
+    @property
+    def _plain(self) -> bool:
+        """True where DeepSpeed left the optimizer as it is: float32 without ZeRO."""
+        return self.zero == 0 and self.recipe.scale.dtype == "float32"
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.deepspeed.module.llava.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _config(recipe: Recipe) -> dict[str, Any]:
+    """Return DeepSpeed's configuration, with every number that its versions disagree about written out."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": recipe.optim.clip,
+        "bf16": {"enabled": recipe.scale.dtype == "bfloat16"},
+        "zero_optimization": {
+            "stage": recipe.scale.zero,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 62,
+        "wall_clock_breakdown": False,
+    }

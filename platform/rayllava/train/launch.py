@@ -1,0 +1,215 @@
+"""Driver and worker of a training run on Ray Train.
+
+    driver   resolve the model, write RUN/manifest.json, start the TorchTrainer, show progress, export
+    group    every time a worker group starts: decide once (attempt, checkpoint, cursor, W), build its rows
+    worker   read that decision, assert that the first row belongs to it, run the loop
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from rayllava import durable
+from rayllava import log as log_
+from rayllava.checkpoint import store
+from rayllava.checkpoint.resolve import local_parts
+from rayllava.checkpoint.store import RunManifest
+from rayllava.data import stream
+from rayllava.data.shards import ShardManifest
+from rayllava.prompt.assemble import assemble
+from rayllava.recipe import Recipe
+from rayllava.train.meter import Watch
+
+log = logging.getLogger(__name__)
+
+_FREE_TO_CHANGE = ("scale", "save", "fresh", "name")
+"""Parts of a recipe that a continued run may state differently: they do not change what is computed."""
+
+
+def prepare(recipe: Recipe) -> RunManifest:
+    """Check everything that can be checked before a worker starts and return what the run will be.
+
+    Writes nothing. Raises ValueError with the field and the cure.
+    """
+    shards = ShardManifest.load(Path(recipe.data.shards))
+    recipe = _with_model(recipe)
+    plan = stream.make_plan(shards, recipe.data, seed=recipe.seed)
+    plan.check_workers(recipe.scale.max_workers)
+    out = Path(recipe.out)
+    durable.check_writable(out)
+    assert recipe.model is not None
+    with durable.new_dir(out / "tokenizer") as folder:
+        processor = assemble(
+            llm_dir=Path(recipe.model.llm),
+            vision_dir=Path(recipe.model.vision),
+            model=recipe.model,
+            prompt=recipe.prompt,
+            out_dir=folder,
+        )
+    names = ("rayllava", "torch", "ray", "transformers", "deepspeed")
+    return RunManifest(
+        recipe=recipe,
+        processor=processor,
+        shards_digest=shards.digest,
+        num_steps=plan.num_steps,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        versions={name: version(name) for name in names},
+    )
+
+
+def train(recipe: Recipe) -> RunManifest:
+    """Run a recipe to its end on the connected cluster, or continue the run that its `out` holds."""
+    run_dir = Path(recipe.out)
+    if recipe.fresh and (run_dir / "manifest.json").exists():
+        _clear(run_dir)
+    manifest = _continued(prepare(recipe), run_dir)
+    if manifest.finished:
+        log.info("%s is finished (%d steps); fresh=true starts it over", run_dir, manifest.num_steps)
+        return manifest
+    store.write_run(run_dir, manifest)
+    use_gpu = _use_gpu(recipe)
+    scale = recipe.scale
+    workers: int | tuple[int, int] = scale.min_workers
+    if scale.max_workers > scale.min_workers:
+        workers = (scale.min_workers, scale.max_workers)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"run_dir": str(run_dir)},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        # Ray Train's own notion of checkpoints is never used, so each driver gets a name of its own.
+        run_config=RunConfig(
+            name=f"driver-{time.time_ns()}",
+            storage_path=str(run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=3),
+        ),
+        datasets={"train": ray.data.range(1)},
+        dataset_config=AttemptFeed(run_dir),
+    )
+    with Watch(run_dir / "metrics.jsonl", num_steps=manifest.num_steps, title=run_dir.name):
+        trainer.fit()
+    ray.get(ray.remote(_export).remote(str(run_dir)))
+    manifest = manifest.but(finished=True)
+    store.write_run(run_dir, manifest)
+    log.info("finished %d steps; the model is in %s", manifest.num_steps, run_dir / "export")
+    return manifest
+
+
+class AttemptFeed(DataConfig):
+    """Decides an attempt when Ray Train sets up a worker group, and deals that attempt's rows to it.
+
+    Ray calls `configure` once a group start, with the group's world size, in the dataset manager actor: the one
+    place that knows W before any worker runs. The dataset it is given is a placeholder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__()
+        self.run_dir = run_dir
+
+    def configure(
+        self, datasets: Any, world_size: int, worker_handles: Any, worker_node_ids: Any, **_: Any
+    ) -> list[dict[str, Any]]:
+        decision = store.decide(self.run_dir, world_size=world_size)
+        dataset = stream.rows(self.run_dir, decision)
+        # No locality hints: with them rows are no longer dealt strictly in turn.
+        splits = dataset.streaming_split(world_size, equal=True, locality_hints=None)
+        return [{"train": split} for split in splits]
+
+
+def _worker(config: dict[str, Any]) -> None:
+    from rayllava.train import loop
+
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    log_.start(rank=rank)
+    run_dir = Path(config["run_dir"])
+    manifest = store.read_run(run_dir)
+    shard = ray.train.get_dataset_shard("train")
+    decision = store.read_decision(run_dir, store.newest_attempt(run_dir))
+    assert decision.world_size == context.get_world_size(), "the decision is for another world size"
+    feed = stream.feed(shard, decision, rank=rank, num_steps=manifest.num_steps)
+    loop.run(manifest, decision, feed, device=loop.worker_device(manifest.recipe.scale.device))
+    ray.train.report({"step": manifest.num_steps})
+
+
+def _export(run_dir: str) -> None:
+    from rayllava.train.export import export
+
+    log_.start()
+    export(Path(run_dir))
+
+
+def _with_model(recipe: Recipe) -> Recipe:
+    """Return the recipe with its model parts: its own, or those of the run it starts from."""
+    model = recipe.model
+    if recipe.init_from:
+        from rayllava.model.build import final_checkpoint
+
+        before = store.read_run(Path(recipe.init_from), field="init_from")
+        final_checkpoint(Path(recipe.init_from))
+        if model is not None and model != before.recipe.model:
+            raise ValueError(
+                f"model differs from that of init_from={recipe.init_from}; leave model out to take it over"
+            )
+        model = before.recipe.model
+    if model is None:
+        raise ValueError(
+            f"{recipe.name} starts from an earlier run; add init_from=DIR, the out folder of its first stage"
+        )
+    return recipe.but(model=local_parts(model))
+
+
+def _continued(manifest: RunManifest, run_dir: Path) -> RunManifest:
+    """Return the manifest to go on with; ValueError when `out` holds a run that computes something else."""
+    if not (run_dir / "manifest.json").exists():
+        return manifest
+    before = store.read_run(run_dir, field="out")
+    old, new = (flat(m.recipe.model_dump(exclude=set(_FREE_TO_CHANGE))) for m in (before, manifest))
+    for path in sorted(old.keys() | new.keys()):
+        if old.get(path) != new.get(path):
+            raise ValueError(
+                f"{path}={new.get(path)}, but out={run_dir} holds a run with {old.get(path)}; "
+                "give another out, or fresh=true to start over"
+            )
+    if before.shards_digest != manifest.shards_digest:
+        raise ValueError(
+            f"data={manifest.recipe.data.shards} changed since out={run_dir} began; "
+            "give another out, or fresh=true to start over"
+        )
+    return before.but(recipe=manifest.recipe)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"field.path": value} of nested dictionaries."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove what a run wrote, and nothing else that may lie in its folder."""
+    import shutil
+
+    for name in ("attempts", "checkpoints", "export", "tokenizer", "ray"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "manifest.json"):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def _use_gpu(recipe: Recipe) -> bool:
+    if recipe.scale.device == "auto":
+        return ray.cluster_resources().get("GPU", 0) > 0
+    return recipe.scale.device == "cuda"

@@ -1,0 +1,55 @@
+"""Ranks of a process group without Ray: every rank runs one function and returns a value."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_ranks(function: str, world_size: int, argument: Any) -> list[Any]:
+    """Run `module:function(argument)` on `world_size` gloo ranks and return their JSON results by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
+    processes = []
+    for rank in range(world_size):
+        env = os.environ | {
+            "PYTHONPATH": path,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+        }
+        command = [sys.executable, "-m", "tests.train.ranks", function, json.dumps(argument)]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * world_size, f"ranks ended with {codes}"
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def main() -> None:
+    import torch
+
+    module, _, name = sys.argv[1].partition(":")
+    torch.distributed.init_process_group("gloo")
+    function = getattr(__import__(module, fromlist=[name]), name)
+    result = function(json.loads(sys.argv[2]))
+    torch.distributed.barrier()
+    print(json.dumps(result), flush=True)
+    os._exit(0)  # what DeepSpeed compiled leaves threads behind that now and then abort a clean exit
+
+
+if __name__ == "__main__":
+    main()

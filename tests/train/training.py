@@ -1,0 +1,105 @@
+"""What the ranks of test_engine.py run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayllava.data.plan import Plan
+from rayllava.records import IGNORE, Batch
+from rayllava.recipe import DataSpec, Full, ModelSpec, OptimSpec, PromptSpec, Recipe, ScaleSpec
+from tests.tiny import processor_spec
+
+SPEC = processor_spec()
+PLAN = Plan(num_samples=97, seed=3, global_batch=20, epochs=5, atom=4, tail="short")
+"""Five atoms a step, so that two ranks get three and two plus a dummy."""
+
+
+def recipe(parts: str, zero: int, dtype: str = "float32") -> Recipe:
+    model = ModelSpec(llm=f"{parts}/llm", vision=f"{parts}/vision", family="vicuna")
+    return Recipe(
+        model=model,
+        prompt=PromptSpec(template="vicuna_v1", max_length=128),
+        tuning=Full(),
+        data=DataSpec(global_batch=20, atom=4),
+        optim=OptimSpec(lr=3e-3, projector_lr=1e-2, clip=0.5),
+        scale=ScaleSpec(zero=zero, dtype=dtype, device="cpu", checkpointing=False, threads=1),
+        seed=5,
+    )
+
+
+def batch_of(samples: list[int]) -> Batch:
+    """Draw each sample from its own seed: every third without a picture, lengths uneven."""
+    rows, pixels = [], []
+    for sample in samples:
+        rng = np.random.default_rng(sample)
+        ids = rng.integers(260, 330, size=int(rng.integers(8, 20))).astype(np.int32)
+        labels = ids.copy()
+        labels[: len(ids) // 2] = IGNORE
+        if sample % 3:
+            run = np.full(SPEC.num_image_tokens, SPEC.image_token_id, dtype=np.int32)
+            ids = np.concatenate([ids[:1], run, ids[1:]])
+            labels = np.concatenate([labels[:1], np.full_like(run, IGNORE), labels[1:]])
+            pixels.append(rng.integers(0, 256, size=(3, 28, 28)).astype(np.uint8))
+        rows.append((ids, labels))
+    width = max(len(ids) for ids, _ in rows)
+    pad = SPEC.pad_token_id
+    return Batch(
+        ids=np.stack([np.pad(i, (0, width - len(i)), constant_values=pad) for i, _ in rows]),
+        labels=np.stack([np.pad(y, (0, width - len(y)), constant_values=IGNORE) for _, y in rows]),
+        lengths=np.array([len(i) for i, _ in rows], dtype=np.int32),
+        pixels=np.stack(pixels) if pixels else np.zeros((0, 3, 28, 28), dtype=np.uint8),
+        sample_ids=tuple(str(sample) for sample in samples),
+    )
+
+
+def dummy() -> Batch:
+    ids = np.full((1, 2), SPEC.pad_token_id, dtype=np.int32)
+    none = np.full((1, 2), IGNORE, dtype=np.int32)
+    pixels = np.zeros((0, 3, 28, 28), dtype=np.uint8)
+    return Batch(ids, none, np.array([2], dtype=np.int32), pixels, ())
+
+
+def curve(task: dict[str, Any]) -> dict[str, list[float]]:
+    """Train under each ZeRO stage of the task and return the loss of every step by stage.
+
+    With `save`, the state after `save_at` steps goes there; with `load`, training continues from there.
+    """
+    return {str(zero): _curve(task, zero) for zero in task["zero"]}
+
+
+def _curve(task: dict[str, Any], zero: int) -> list[float]:
+    import torch
+
+    from rayllava.model.build import initial, lay_over
+    from rayllava.model.forward import LossModel
+    from rayllava.model.tuning import tune
+    from rayllava.train.engine import Engine
+    from rayllava.train.optim import lr_factor
+
+    torch.set_num_threads(1)
+    made = recipe(task["parts"], zero, task.get("dtype", "float32"))
+    llava = initial(made, SPEC)
+    first = task.get("from", 0)
+    if task.get("load"):
+        lay_over(llava, Path(task["load"]))
+    tune(llava, made.tuning)
+    engine = Engine(LossModel(llava, SPEC), made, device=torch.device("cpu"))
+    if task.get("load"):
+        engine.load(Path(task["load"]), step=first)
+    losses = []
+    for step in range(first, task["to"]):
+        share = PLAN.share(step, engine.world_size)[engine.rank]
+        atoms = [dummy() if atom is None else batch_of([int(s) for s in atom.samples]) for atom in share]
+        targets = engine.sum(sum(atom.num_targets for atom in atoms))[0]
+        parts = [
+            engine.backward(atom, num_targets=int(targets), last=index == len(atoms) - 1)
+            for index, atom in enumerate(atoms)
+        ]
+        engine.step(lr_factor(step, num_steps=task["of"], warmup=0.1))
+        losses.append(engine.sum(sum(parts))[0] / targets)
+        if task.get("save") and step + 1 == task["save_at"]:
+            engine.save(Path(task["save"]) / f"zero{zero}")
+    return losses
