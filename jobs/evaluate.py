@@ -19,6 +19,7 @@ from pathlib import Path
 from rayllava import driver
 from rayllava.evals.benchmark import BENCHMARKS
 from rayllava.evals.fanout import EngineSpec, evaluate
+from rayllava.recipe import override
 
 
 def main(argv: list[str]) -> None:
@@ -30,12 +31,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("fields", nargs="*", metavar="field=value", help="quant=nf4 engines=2 ...")
     words = parser.parse_intermixed_args(argv)
 
-    spec = EngineSpec.read(words.fields)
+    spec = override(EngineSpec(), words.fields)
     only = words.only.split(",") if words.only else list(BENCHMARKS)
     profiles = {key: BENCHMARKS[key].profile for key in only}
-    model_dir, data_dir, out_dir = (
-        Path(driver.absolute(path)) for path in (words.model, words.data, words.out)
-    )
+    model_dir, data_dir, out_dir = (Path(driver.absolute(path)) for path in (words.model, words.data, words.out))
     if words.dry_run:
         plan = {"model": str(model_dir), "only": profiles, "data": str(data_dir), "out": str(out_dir)}
         print(json.dumps(plan | spec.model_dump(), indent=1))

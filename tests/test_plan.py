@@ -31,13 +31,22 @@ LAYERS = [
 FREE = {("recipe", "recipes")}
 """recipe.load names the package of recipes, whose functions it calls; importlib, not an import statement."""
 
-LIGHT = ["records", "recipe", "recipes", "families", "shelf", "log", "durable", "progress", "driver", "prompt.chat"]
+LIGHT = [
+    "records",
+    "recipe",
+    "recipes",
+    "families",
+    "shelf",
+    "log",
+    "durable",
+    "progress",
+    "driver",
+    "prompt.chat",
+]
 
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 
-SOURCES = sorted(
-    path for folder in (HOUSE, ROOT / "jobs", ROOT / "serving") for path in folder.rglob("*.py")
-)
+SOURCES = sorted(path for folder in (HOUSE, ROOT / "jobs", ROOT / "serving") for path in folder.rglob("*.py"))
 
 
 def room_of(path: Path) -> str:
@@ -131,11 +140,12 @@ def test_every_recipe_loads_and_round_trips(name: str) -> None:
 
 
 def test_every_plug_loads() -> None:
+    from rayllava.prompt.chat import TEMPLATES
+
     from rayllava.checkpoint.layouts import LAYOUTS
     from rayllava.data.sources import SOURCES as sources
     from rayllava.evals.benchmark import BENCHMARKS
     from rayllava.families import FAMILIES
-    from rayllava.prompt.chat import TEMPLATES
 
     shelves: list[Shelf] = [LAYOUTS, sources, BENCHMARKS, FAMILIES]
     for shelf in shelves:
@@ -185,9 +195,7 @@ def test_the_map_in_the_readme_equals_the_tree() -> None:
     folders = {f"{parent}/" for path in tracked for parent in map(str, Path(path).parents) if parent != "."}
     assert not told - tracked - folders, f"the map names what is not there: {told - tracked - folders}"
     top = {path.split("/")[0] + ("/" if "/" in path else "") for path in tracked}
-    rooms = {
-        f"platform/rayllava/{p.name}{'/' if p.is_dir() else ''}" for p in HOUSE.iterdir() if p.name[0] != "_"
-    }
+    rooms = {f"platform/rayllava/{p.name}{'/' if p.is_dir() else ''}" for p in HOUSE.iterdir() if p.name[0] != "_"}
     jobs = {f"jobs/{path.name}" for path in JOBS}
     missing = (top | rooms | jobs) - told - {".gitignore", ".rayignore"}
     assert not missing, f"the map leaves out {missing}"

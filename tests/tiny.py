@@ -13,8 +13,14 @@ def make_parts(folder: Path) -> ModelSpec:
     """Write a Llama with a byte-fallback BPE tokenizer and a CLIP tower; return the spec that names them."""
     import torch
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
-    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
 
     torch.manual_seed(0)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
@@ -25,9 +31,7 @@ def make_parts(folder: Path) -> ModelSpec:
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=specials, show_progress=False)
     tokenizer.train_from_iterator([WORDS] * 4, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder / "llm")
     llm = LlamaConfig(
         vocab_size=len(fast),
@@ -71,3 +75,32 @@ def processor_spec(**changes: object) -> ProcessorSpec:
         stop_token_ids=(2,),
         max_length=128,
     ).but(**changes)
+
+
+def write_dialogues(folder: Path, *, num: int) -> Path:
+    """Write FOLDER/images and LLaVA's conversation JSON about them, every third dialogue without a picture.
+
+    Return the JSON file.
+    """
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    samples = []
+    for number in range(num):
+        sample: dict[str, object] = {"id": str(number)}
+        question = "what is shown in this image?"
+        if number % 3:
+            pixels = rng.integers(0, 256, size=(20 + number, 30, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+            sample["image"] = f"{number}.png"
+            question = f"<image>\n{question}"
+        said = [("human", question), ("gpt", f"the digit {number}"), ("human", "how many?"), ("gpt", "one")]
+        sample["conversations"] = [{"from": who, "value": text} for who, text in said]
+        samples.append(sample)
+    path = folder / "dialogues.json"
+    path.write_text(json.dumps(samples))
+    return path

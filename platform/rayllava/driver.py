@@ -64,9 +64,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def recipe_words(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the words of a training job: RECIPE [field.path=value ...]."""
     made.add_argument("recipe", metavar="RECIPE", help="module.function, e.g. tiny.finetune")
-    made.add_argument(
-        "fields", nargs="*", metavar="field.path=value", help="data=DIR out=DIR init_from=DIR ..."
-    )
+    made.add_argument("fields", nargs="*", metavar="field.path=value", help="data=DIR out=DIR init_from=DIR ...")
     return made
 
 
@@ -94,7 +92,7 @@ def absolute(folder: str) -> str:
 
 def train(doc: str | None, argv: list[str]) -> None:
     """Run a training job from its words."""
-    words = recipe_words(parser(doc or "")).parse_args(argv)
+    words = recipe_words(parser(doc or "")).parse_intermixed_args(argv)
     recipe = read_recipe(words.recipe, words.fields)
     if words.dry_run:
         print(show(recipe))

@@ -10,7 +10,7 @@ import difflib
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -20,6 +20,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+S = TypeVar("S", bound="Spec")
 
 
 class Spec(BaseModel):
@@ -242,28 +244,27 @@ def recipe_names() -> list[str]:
     return names
 
 
-def override(recipe: Recipe, words: list[str]) -> Recipe:
-    """Return the recipe with `field.path=value` words applied, left to right.
+def override(spec: S, words: list[str]) -> S:
+    """Return a recipe, or any other spec, with `field.path=value` words applied, left to right.
 
     Raises ValueError naming the field, the value and what would be right.
     """
-    tree = recipe.model_dump()
+    tree = spec.model_dump()
     values: dict[str, str] = {}
     for word in words:
         path, equals, text = word.partition("=")
         if not equals or not path:
             raise ValueError(f"{word!r} is not field.path=value")
-        path = _put(tree, path, text)
+        path = _put(type(spec), tree, path, text)
         values[path] = text
     try:
-        return Recipe.model_validate(tree)
+        return type(spec).model_validate(tree)
     except ValidationError as error:
         raise ValueError(_one_line(error, values)) from error
 
 
-def _put(tree: dict[str, Any], path: str, text: str) -> str:
+def _put(spec: Any, tree: dict[str, Any], path: str, text: str) -> str:
     """Set a leaf of the tree and return its full path."""
-    spec: Any = Recipe
     branch = tree
     *parents, leaf = path.split(".")
     for depth, key in enumerate(parents):

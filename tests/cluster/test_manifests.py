@@ -154,9 +154,7 @@ def test_a_misspelt_field_of_the_serve_config_is_refused() -> None:
         ServeDeploySchema.model_validate(wrong)
 
 
-@pytest.mark.parametrize(
-    "source", [RUNTIME_ENV.name, *(name for name in MANIFESTS if name.startswith("rayjob"))]
-)
+@pytest.mark.parametrize("source", [RUNTIME_ENV.name, *(name for name in MANIFESTS if name.startswith("rayjob"))])
 def test_runtime_env_is_one_that_ray_accepts(source: str) -> None:
     from ray.runtime_env import RuntimeEnv
 
@@ -186,9 +184,7 @@ def test_uploaded_code_is_complete_and_carries_no_ballast(tmp_path: Path) -> Non
     shutil.copy(ROOT / ".gitignore", checkout)
 
     package = tmp_path / "package.zip"
-    create_package(
-        str(checkout), package, include_gitignore=True, excludes=runtime_env(RUNTIME_ENV.name)["excludes"]
-    )
+    create_package(str(checkout), package, include_gitignore=True, excludes=runtime_env(RUNTIME_ENV.name)["excludes"])
     assert sorted(zipfile.ZipFile(package).namelist()) == sorted([".gitignore", *code])
 
 
@@ -239,11 +235,7 @@ def test_every_pod_gets_what_it_asks_for_and_memory_that_does_not_touch_disk(nam
 @every_manifest
 def test_driver_and_workers_see_the_same_storage(name: str) -> None:
     seen = [
-        [
-            (volume["name"], volume["persistentVolumeClaim"])
-            for volume in pod["volumes"]
-            if "emptyDir" not in volume
-        ]
+        [(volume["name"], volume["persistentVolumeClaim"]) for volume in pod["volumes"] if "emptyDir" not in volume]
         + pod["containers"][0]["volumeMounts"]
         for _, _, pod in pods(cluster_spec(manifest(name)))
     ]
@@ -427,9 +419,7 @@ def _job_complaints(spec: dict[str, Any]) -> list[str]:
         complaints.append("backoffLimit needs a cluster that the job makes itself")
     if "deletionRules" in spec.get("deletionStrategy", {}) and spec.get("shutdownAfterJobFinishes"):
         complaints.append("deletionRules and shutdownAfterJobFinishes exclude each other")
-    if spec.get("submissionMode") == "SidecarMode" and {"submitterPodTemplate", "submitterConfig"} & set(
-        spec
-    ):
+    if spec.get("submissionMode") == "SidecarMode" and {"submitterPodTemplate", "submitterConfig"} & set(spec):
         complaints.append("SidecarMode has no submitter to configure")
     return complaints
 
@@ -438,9 +428,7 @@ def _cluster_complaints(spec: dict[str, Any]) -> list[str]:
     ray = tuple(int(part) for part in spec.get("rayVersion", "0.0").split(".")[:2])
     options = spec.get("autoscalerOptions", {})
     autoscaler = (
-        options.get("version", "v2" if ray >= (2, 47) else "v1")
-        if spec.get("enableInTreeAutoscaling")
-        else ""
+        options.get("version", "v2" if ray >= (2, 47) else "v1") if spec.get("enableInTreeAutoscaling") else ""
     )
 
     complaints = [f"{field} is behind a feature gate" for field in ALPHA_FIELDS if field in spec]
@@ -474,10 +462,7 @@ def _group_complaints(
     for field in ("idleTimeoutSeconds", "priority"):
         if field in group and autoscaler != "v2":
             complaints.append(f"{field} needs autoscaler v2")
-    if (
-        any("RAY_enable_autoscaler_v2" in env(container) for container in pod["containers"])
-        and "version" in options
-    ):
+    if any("RAY_enable_autoscaler_v2" in env(container) for container in pod["containers"]) and "version" in options:
         complaints.append("RAY_enable_autoscaler_v2 and autoscalerOptions.version exclude each other")
     start = group.get("rayStartParams", {})
     if {"num-cpus", "num-gpus", "memory", "resources"} & set(start) and "resources" in group:

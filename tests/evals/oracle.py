@@ -57,7 +57,7 @@ class Oracle:
         for place, letter in enumerate(answer, 1):
             yield Delta(request.id, letter, place, 10, finish if place == len(answer) else None)
         if self.seen:
-            (Path(self.seen) / f"{request.id}.{os.getpid()}").touch()
+            (Path(self.seen) / f"{request.id.replace('/', '_')}.{os.getpid()}").touch()
 
     def _suffer(self, text: str) -> None:
         if self.fails and self.fails in text:

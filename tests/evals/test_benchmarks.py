@@ -102,10 +102,10 @@ def test_a_damaged_or_incomplete_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "pope" / "llava_pope_test.jsonl"
     good = path.read_text()
     path.write_text(good + "{")
-    with pytest.raises(ValueError, match="line 13 of .* is not JSON"):
+    with pytest.raises(ValueError, match=r"line 13 of .* is not JSON"):
         BENCHMARKS["pope"].items(tmp_path / "pope")
     path.write_text(good + '{"question_id": 7}\n')
-    with pytest.raises(ValueError, match="line 13 of .* has no 'image'"):
+    with pytest.raises(ValueError, match=r"line 13 of .* has no 'image'"):
         BENCHMARKS["pope"].items(tmp_path / "pope")
     path.write_text(good + good.splitlines()[0])
     with pytest.raises(ValueError, match="question 1 occurs twice"):
@@ -122,9 +122,7 @@ def test_textvqa_tells_questions_about_one_image_apart(tmp_path: Path) -> None:
 
 def test_textvqa_is_the_mean_over_all_questions(tmp_path: Path) -> None:
     write_textvqa(tmp_path, ANNOTATIONS, ["place", "place", "time"])
-    score = BENCHMARKS["textvqa"].score(
-        tmp_path / "textvqa", answers({"img1/0": " Coke.\n", "img2/0": "10:30"})
-    )
+    score = BENCHMARKS["textvqa"].score(tmp_path / "textvqa", answers({"img1/0": " Coke.\n", "img2/0": "10:30"}))
     assert score.primary == ("accuracy", pytest.approx(100 * 1.6 / 3))
     assert score.metrics["accuracy.place"] == pytest.approx(50)
     assert score.metrics["accuracy.time"] == pytest.approx(60)

@@ -110,7 +110,7 @@ def test_answers_of_another_model_are_not_mixed(tmp_path: Path) -> None:
     claim(tmp_path, owner)
     claim(tmp_path, owner | {"model": "moved/a"})
     for change in ({"model_digest": "22"}, {"quant": "nf4"}, {"profile": "other"}):
-        with pytest.raises(ValueError, match="holds answers with .* give another out folder"):
+        with pytest.raises(ValueError, match=r"holds answers with .* give another out folder"):
             claim(tmp_path, owner | change)
 
 

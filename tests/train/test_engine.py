@@ -7,17 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.tiny import make_parts
+from rayllava.recipe import ModelSpec
 from tests.train.ranks import run_ranks
 
 STEPS = 20
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parts")
-    make_parts(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +19,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def curves(parts: Path, saved: Path) -> dict[str, list[float]]:
+def curves(parts: ModelSpec, saved: Path) -> dict[str, list[float]]:
     """Loss curves by "W/ZeRO"."""
-    task = {"parts": str(parts), "zero": [0, 2, 3], "to": STEPS, "of": STEPS, "save_at": 8}
+    task = {"model": parts.model_dump(), "zero": [0, 2, 3], "to": STEPS, "of": STEPS, "save_at": 8}
     found = {}
     for world_size in (1, 2):
         task["save"] = str(saved / f"w{world_size}")
@@ -47,11 +40,11 @@ def test_zero_stages_and_world_sizes_give_one_curve(curves: dict[str, list[float
 
 
 def test_state_saved_anywhere_continues_anywhere(
-    curves: dict[str, list[float]], parts: Path, saved: Path
+    curves: dict[str, list[float]], parts: ModelSpec, saved: Path
 ) -> None:
     reference = np.array(curves["1/0"])
     for world_size, source in ((1, "w2/zero3"), (2, "w1/zero2")):
-        task = {"parts": str(parts), "zero": [0, 2, 3], "to": STEPS, "of": STEPS, "from": 8}
+        task = {"model": parts.model_dump(), "zero": [0, 2, 3], "to": STEPS, "of": STEPS, "from": 8}
         task["load"] = str(saved / source)
         by_rank = run_ranks("tests.train.training:curve", world_size, task)
         for zero, losses in by_rank[0].items():

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from rayllava.data.plan import Plan
-from rayllava.records import IGNORE, Batch
 from rayllava.recipe import DataSpec, Full, ModelSpec, OptimSpec, PromptSpec, Recipe, ScaleSpec
+from rayllava.records import IGNORE, Batch
 from tests.tiny import processor_spec
 
 SPEC = processor_spec()
@@ -17,8 +17,7 @@ PLAN = Plan(num_samples=97, seed=3, global_batch=20, epochs=5, atom=4, tail="sho
 """Five atoms a step, so that two ranks get three and two plus a dummy."""
 
 
-def recipe(parts: str, zero: int, dtype: str = "float32") -> Recipe:
-    model = ModelSpec(llm=f"{parts}/llm", vision=f"{parts}/vision", family="vicuna")
+def recipe(model: ModelSpec, zero: int, dtype: str = "float32") -> Recipe:
     return Recipe(
         model=model,
         prompt=PromptSpec(template="vicuna_v1", max_length=128),
@@ -80,7 +79,7 @@ def _curve(task: dict[str, Any], zero: int) -> list[float]:
     from rayllava.train.optim import lr_factor
 
     torch.set_num_threads(1)
-    made = recipe(task["parts"], zero, task.get("dtype", "float32"))
+    made = recipe(ModelSpec(**task["model"]), zero, task.get("dtype", "float32"))
     llava = initial(made, SPEC)
     first = task.get("from", 0)
     if task.get("load"):

@@ -110,9 +110,7 @@ def check(record: Record) -> str:
     dialogue = record.turns[1:] if record.turns and record.turns[0].role == "system" else record.turns
     for number, turn in enumerate(dialogue):
         if turn.role != ("user", "assistant")[number % 2]:
-            return (
-                f"turn {number + 1 + len(record.turns) - len(dialogue)} is a second {turn.role} turn in a row"
-            )
+            return f"turn {number + 1 + len(record.turns) - len(dialogue)} is a second {turn.role} turn in a row"
     if not any(turn.text.strip() for turn in dialogue[1::2]):
         return "it has no answer to learn from"
     return _unwritable(record) or _misplaced(record.images) or _miscounted(dialogue[::2], record.images)

@@ -10,46 +10,32 @@ The same command after a kill finds finished blocks by their digests and does th
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
+import os
 import shutil
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rayllava import durable
-from rayllava.data.ingest import Policy, Rejected, ShardSpec, check, load, settle
+from rayllava.data.block import UNFINISHED, Part, write_block
+from rayllava.data.ingest import Policy, Rejected, ShardSpec, check, settle
 from rayllava.data.plan import GROUP, permutation
 from rayllava.data.progress import Progress
-from rayllava.data.shards import FORMAT, MANIFEST, ROW_FILES, Shard, ShardManifest, write_parquet
+from rayllava.data.shards import FORMAT, MANIFEST, ROW_FILES, Shard, ShardManifest
 from rayllava.data.sources import SOURCES, Record
-from rayllava.records import Sample
 
 log = logging.getLogger(__name__)
 
-UNFINISHED = ".unfinished"
 REJECTED = "rejected.jsonl"
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a task says about its block, also kept beside the shard: plain values only."""
-
-    key: str
-    """Of the whole job's inputs, so that parts of another job are not taken for ours."""
-    file: str
-    rows: int
-    digest: str
-    row_images: list[int]
-    row_text: list[int]
-    rejected: list[Rejected]
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def write_shards(
@@ -69,14 +55,10 @@ def write_shards(
     Whatever can be wrong without opening a picture is found before `connect` is entered; by default the
     caller is connected to Ray already. Finished shards of an interrupted call with the same inputs are kept.
     """
-    spec = ShardSpec(
-        images=str(images_dir or ""), policy=policy, budget=budget, rows=rows_per_shard, seed=seed
-    )
+    spec = ShardSpec(images=str(images_dir or ""), policy=policy, budget=budget, rows=rows_per_shard, seed=seed)
     read = SOURCES[source].read
     if images_dir and not images_dir.is_dir():
-        raise ValueError(
-            f"images={images_dir} is not a folder; give the one that the records' paths start from"
-        )
+        raise ValueError(f"images={images_dir} is not a folder; give the one that the records' paths start from")
     records = read(annotations)
     first = next(records, None)  # the source looks at the file before we digest it
     origin = _origin(source, annotations, spec)
@@ -108,6 +90,7 @@ def _already(out_dir: Path, origin: dict[str, Any]) -> ShardManifest:
     manifest = ShardManifest.load(out_dir)
     if manifest.origin["key"] != origin["key"]:
         raise ValueError(f"out={out_dir} already holds shards of something else; give a new folder")
+    shutil.rmtree(out_dir / UNFINISHED, ignore_errors=True)
     log.info("%s is whole already: %d samples", out_dir, manifest.num_samples)
     return manifest
 
@@ -146,14 +129,21 @@ class _Job:
         """Return a part for every block, in order."""
         parts: dict[int, Part] = {}
         try:
-            with Progress("sharding", total=sum(map(len, self.blocks))) as progress:
-                for number, part in self._results():
+            total = sum(map(len, self.blocks))
+            with (
+                Progress("sharding", total=total) as progress,
+                contextlib.closing(self._results()) as results,
+            ):
+                for number, part in results:
                     parts[number] = part
                     self._reject(part.rejected)
                     progress.advance(len(self.blocks[number]))
         except OSError as error:
+            code = getattr(error, "cause", error).errno  # Ray wraps what a task raised
+            if code not in _NO_ROOM:
+                raise
             raise ValueError(
-                f"out={self.out_dir} cannot be written ({error.strerror or error}); make room and give the "
+                f"out={self.out_dir} cannot be written ({os.strerror(code)}); make room and give the "
                 "same command again: finished shards are kept"
             ) from error
         return [parts[number] for number in sorted(parts)]
@@ -161,10 +151,9 @@ class _Job:
     def finish(self, parts: list[Part]) -> ShardManifest:
         """Make the folder whole."""
         parts = [part for part in parts if part.rows]
+        self._write_rejected()
         if not parts:
-            raise ValueError(
-                f"annotations={self.annotations}: every record was rejected; see the reasons above"
-            )
+            raise ValueError(f"every record was rejected; the reasons are in {self.out_dir / REJECTED}")
         for stale in {path.name for path in self.out_dir.glob("shard-*.parquet")} - {p.file for p in parts}:
             (self.out_dir / stale).unlink()
         for part in parts:
@@ -176,7 +165,6 @@ class _Job:
             np.save(buffer, np.array([value for part in parts for value in getattr(part, name)], dtype))
             durable.write_bytes(self.out_dir / f"{name}.npy", buffer.getvalue())
             row_files[name] = durable.digest(self.out_dir / f"{name}.npy")
-        self._write_rejected()
         shards = tuple(Shard(part.file, part.rows, -(-part.rows // GROUP), part.digest) for part in parts)
         row_images = [count for part in parts for count in part.row_images]
         manifest = ShardManifest(
@@ -197,13 +185,18 @@ class _Job:
         )
         manifest.save()
         shutil.rmtree(self.out_dir / UNFINISHED)
+        for what, count in manifest.mended.items():
+            log.info("%s in %d of %d records", what, count, self.num_records)
+        if self.rejected:
+            path = self.out_dir / REJECTED
+            log.warning("left out %d of %d records, listed in %s", len(self.rejected), self.num_records, path)
         return manifest
 
-    def _results(self) -> Iterator[tuple[int, Part]]:
+    def _results(self) -> Generator[tuple[int, Part], None, None]:
         """Yield (block number, part) as the tasks end, a bounded number of them under way."""
         import ray
 
-        task = ray.remote(num_cpus=1, max_retries=10)(_write_block)
+        task = ray.remote(num_cpus=1, max_retries=10)(write_block)
         most = max(4, 2 * int(ray.cluster_resources().get("CPU", 1)))
         place = str(self.out_dir), self.spec.images, self.source, str(self.origin["key"])
         waiting = iter(enumerate(self.blocks))
@@ -248,60 +241,3 @@ class _Job:
         in_order = sorted(self.rejected, key=lambda one: one.line)
         lines = [json.dumps(one.as_dict(), ensure_ascii=True) + "\n" for one in in_order]
         durable.write_text(self.out_dir / REJECTED, "".join(lines))
-
-
-def _write_block(
-    number: int, block: list[Record], out: str, images: str, source: str, key: str, policy: Policy
-) -> Part:
-    """Write one shard, or find it written; the body of a Ray task."""
-    work = Path(out) / UNFINISHED
-    file = f"shard-{number:05d}.parquet"
-    beside = work / f"{file}.json"
-    if part := _finished(beside, key):
-        return part
-    rejected: list[Rejected] = []
-    row_images: list[int] = []
-    row_text: list[int] = []
-
-    def samples() -> Iterator[Sample]:
-        for record in block:
-            try:
-                sample = load(record, Path(images) if images else None)
-            except ValueError as error:  # the fence around one sample
-                rejected.append(Rejected.of(record, str(error), source=source))
-                if policy == "fail":
-                    return
-                continue
-            row_images.append(len(sample.images))
-            row_text.append(sum(len(turn.text.encode()) for turn in sample.turns))
-            yield sample
-
-    work.mkdir(exist_ok=True)
-    partial = work / f".{file}.{uuid.uuid4().hex}.partial"
-    try:
-        write_parquet(partial, samples())
-        digest = durable.digest(partial)
-        part = Part(key, file, len(row_images), digest, row_images, row_text, rejected)
-        if rejected and policy == "fail":
-            return part
-        durable.sync_file(partial)
-        partial.replace(work / file)
-    finally:
-        partial.unlink(missing_ok=True)
-    durable.write_json(beside, part.__dict__ | {"rejected": [one.as_dict() for one in rejected]})
-    return part
-
-
-def _finished(beside: Path, key: str) -> Part | None:
-    """Return the part that an earlier call left, if it is ours and its shard is what was written."""
-    if not beside.exists():
-        return None
-    tree = json.loads(beside.read_bytes())
-    part = Part(**tree | {"rejected": [Rejected(**one) for one in tree["rejected"]]})
-    if part.key != key:
-        return None
-    for folder in (beside.parent, beside.parent.parent):
-        path = folder / part.file
-        if path.exists() and durable.digest(path) == part.digest:
-            return part
-    return None

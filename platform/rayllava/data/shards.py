@@ -73,9 +73,7 @@ class ShardManifest:
         """Read DIR/manifest.json; a folder without one is a ValueError with the cure."""
         path = Path(folder) / MANIFEST
         if not path.is_file():
-            raise ValueError(
-                f"data={folder} is not a shard folder (no {MANIFEST}); make one with jobs/shard.py"
-            )
+            raise ValueError(f"data={folder} is not a shard folder (no {MANIFEST}); make one with jobs/shard.py")
         try:
             tree = json.loads(path.read_bytes())
             if tree["format"] != FORMAT:

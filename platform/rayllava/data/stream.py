@@ -34,9 +34,7 @@ _AHEAD = 4
 """Atoms a worker fetches before it needs them."""
 
 
-def make_plan(
-    shards: ShardManifest, data: DataSpec, *, seed: int, processor: ProcessorSpec | None = None
-) -> Plan:
+def make_plan(shards: ShardManifest, data: DataSpec, *, seed: int, processor: ProcessorSpec | None = None) -> Plan:
     """Return the step plan over a shard folder. Only dealing needs the processor, for estimates of length."""
     return Plan(
         shards.num_samples,
@@ -108,9 +106,7 @@ def feed(
         while len(atoms) < slots:
             row = next(rows_)
             got = (row["attempt"], row["step"], row["rank"])
-            assert got == (decision.attempt, step, rank), (
-                f"row {got} came for {(decision.attempt, step, rank)}"
-            )
+            assert got == (decision.attempt, step, rank), f"row {got} came for {(decision.attempt, step, rank)}"
             slots = row["slots"]
             atoms.append(from_row(row))
             rejected += row["rejected"]

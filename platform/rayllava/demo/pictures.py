@@ -85,9 +85,7 @@ def split_scans() -> tuple[list[int], list[int]]:
 
 
 def caption(scene: Scene) -> str:
-    return ", ".join(
-        f"{place} {digit}" for place, digit in zip(scene.layout.places, scene.digits, strict=True)
-    )
+    return ", ".join(f"{place} {digit}" for place, digit in zip(scene.layout.places, scene.digits, strict=True))
 
 
 def dialogue(scene: Scene, rng: Random) -> list[tuple[str, str]]:
@@ -213,9 +211,7 @@ def _write_textvqa(easel: _Easel, scans: list[int], num: int) -> None:
             asked += [(GRID, (("place", place_question),))]
         for layout, kinds in asked:
             name = f"digits{i:03d}{'r' if layout is row else 'g'}"
-            scene = easel.paint(
-                f"eval/textvqa/train_images/{name}.jpg", layout, [next(deal) for _ in layout.places]
-            )
+            scene = easel.paint(f"eval/textvqa/train_images/{name}.jpg", layout, [next(deal) for _ in layout.places])
             for category, kind in kinds:
                 question, answer = kind(scene, rng)
                 text = question + NO_OCR + WORD
@@ -229,9 +225,7 @@ def _write_textvqa(easel: _Easel, scans: list[int], num: int) -> None:
                 }
                 truths.append(truth)
     _dump_lines(out_dir / "llava_textvqa_val_v051_ocr.jsonl", questions)
-    _dump(
-        out_dir / "TextVQA_0.5.1_val.json", {"dataset_name": "digits", "dataset_type": "val", "data": truths}
-    )
+    _dump(out_dir / "TextVQA_0.5.1_val.json", {"dataset_name": "digits", "dataset_type": "val", "data": truths})
 
 
 def _write_pope(easel: _Easel, scans: list[int], num: int) -> None:
@@ -257,9 +251,7 @@ def _absent_by(category: str, scene: Scene, rng: Random) -> int:
     absent = _absent(scene)
     if category == "adversarial":
         return rng.choice([_LOOKALIKES[d] for d in scene.digits if _LOOKALIKES[d] in absent] or absent)
-    if (
-        category == "popular"
-    ):  # every digit is equally frequent here, so the first few stand in for the popular ones
+    if category == "popular":  # every digit is equally frequent here, so the first few stand in for the popular ones
         return absent[rng.randrange(2)]
     return rng.choice(absent)
 

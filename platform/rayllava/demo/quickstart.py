@@ -19,8 +19,8 @@ from typing import Any
 
 from rayllava import durable, recipe
 from rayllava.demo.report import write_report
-from rayllava.records import IMAGE_MARK, Request, Turn
 from rayllava.recipe import Recipe
+from rayllava.records import IMAGE_MARK, Request, Turn
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Quickstart:
         return ray.get(ray.remote(num_cpus=2)(_warm_up).remote(str(self.pictures), str(self.out / "parts")))
 
     def _shards(self) -> None:
-        from rayllava.data.shards import write_shards
+        from rayllava.data.sharding import write_shards
 
         for stage in ("pretrain", "finetune"):
             write_shards(
@@ -115,7 +115,12 @@ class Quickstart:
             for question, expected in zip(asked, offline, strict=True):
                 picture = (self.pictures / "eval" / OPEN / "train_images" / question["image"]).read_bytes()
                 messages = _messages(question["text"], picture)
-                options: dict[str, Any] = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 16}
+                options: dict[str, Any] = {
+                    "model": model,
+                    "messages": messages,
+                    "temperature": 0,
+                    "max_tokens": 16,
+                }
                 plain = client.chat.completions.create(**options).choices[0].message.content
                 chunks = client.chat.completions.create(**options, stream=True)
                 streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)

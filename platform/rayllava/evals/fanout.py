@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from rayllava import durable
 from rayllava.evals.benchmark import BENCHMARKS, Benchmark, Item
 from rayllava.evals.fleet import Chunk, Engine, Fleet, Load
-from rayllava.evals.progress import Meter
 from rayllava.evals.run import Journal, claim, model_digest, score_json, score_run
+from rayllava.progress import Progress
 from rayllava.recipe import Spec
 from rayllava.records import Prediction, Score
 
@@ -45,21 +45,6 @@ class EngineSpec(Spec):
     """CPUs of each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU each when the cluster has any."""
-
-    @classmethod
-    def read(cls, words: list[str]) -> EngineSpec:
-        """Return the spec with `field=value` words applied."""
-        values = {}
-        for word in words:
-            name, equals, values[name] = word.partition("=")
-            if not equals or name not in cls.model_fields:
-                raise ValueError(f"{word!r} sets nothing; there are: {'=, '.join(cls.model_fields)}=")
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            message = first["msg"][0].lower() + first["msg"][1:]
-            raise ValueError(f"{first['loc'][0]}={first['input']}: {message}") from error
 
 
 def evaluate(
@@ -119,13 +104,13 @@ class _Round:
         self.open: dict[str, _Exam] = {}
         self.scores: dict[str, Score] = {}
         self.failed: dict[str, str] = {}
-        self.meter = stack.enter_context(Meter())
+        self.progress = stack.enter_context(Progress("answers"))
         for key in only:
             with self.fence(key):
                 exam = _Exam(BENCHMARKS[key], data_dir, out_dir / key, owner)
                 stack.enter_context(exam.journal)
                 self.open[key] = exam
-                self.meter.add(key, num=exam.num, num_done=exam.num - exam.num_open)
+                self.progress.add(key, total=exam.num, done=exam.num - exam.num_open)
                 self._finish(key)
 
     @property
@@ -149,7 +134,7 @@ class _Round:
             if isinstance(answer, Exception):
                 raise answer
             self.open[key].take(answer)
-            self.meter.advance(key)
+            self.progress.advance(key)
             self._finish(key)
 
     @contextmanager
@@ -196,8 +181,7 @@ class _Exam:
         asked = durable.digest_of([[item.id, item.text] for item in items])
         claim(
             run_dir,
-            owner
-            | {"profile": benchmark.profile, "max_new_tokens": benchmark.max_new_tokens, "questions": asked},
+            owner | {"profile": benchmark.profile, "max_new_tokens": benchmark.max_new_tokens, "questions": asked},
         )
         (run_dir / "score.json").unlink(missing_ok=True)
         self.journal = Journal(run_dir / "predictions.jsonl")

@@ -1,8 +1,8 @@
 """Spec -> module: the parts of a model put together as transformers' LlavaForConditionalGeneration.
 
-    language model folder -+
-    vision tower folder   -+-> LlavaForConditionalGeneration, its projector new (seeded)
-    [earlier runs]        ---> trained parameters laid over it, oldest run first
+language model folder -+
+vision tower folder   -+-> LlavaForConditionalGeneration, its projector new (seeded)
+[earlier runs]        ---> trained parameters laid over it, oldest run first
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ def build(model: ModelSpec, processor: ProcessorSpec, *, seed: int) -> Any:
     Rows that the tokenizer gained (`<image>`, `<pad>`) are drawn around the mean of the old rows; the table is
     padded to a multiple of 64, as the published Hugging Face checkpoints are.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlavaConfig
-    from transformers import LlavaForConditionalGeneration
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -73,7 +78,8 @@ def read_tensors(checkpoint_dir: Path, prefix: str) -> Iterator[tuple[str, Tenso
     """Yield the tensors of a checkpoint whose stored name starts with `prefix`, without it, one at a time."""
     for path in sorted(checkpoint_dir.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():
+            keys = file.keys()
+            for key in keys:
                 if key.startswith(prefix):
                     yield key.removeprefix(prefix), file.get_tensor(key)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rayllava.model.normalise import normalise
-from rayllava.records import IGNORE, Batch
 from rayllava.recipe import ProcessorSpec
+from rayllava.records import IGNORE, Batch
 
 
 class LossModel(nn.Module):

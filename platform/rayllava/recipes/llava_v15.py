@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from rayllava.recipe import DataSpec, Full, ModelSpec, OptimSpec, Projector, PromptSpec, Recipe, ScaleSpec
 
-_MODEL_7B = ModelSpec(
-    llm="lmsys/vicuna-7b-v1.5", vision="openai/clip-vit-large-patch14-336", family="vicuna"
-)
+_MODEL_7B = ModelSpec(llm="lmsys/vicuna-7b-v1.5", vision="openai/clip-vit-large-patch14-336", family="vicuna")
 _MODEL_13B = _MODEL_7B.but(llm="lmsys/vicuna-13b-v1.5")
 
 

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from rayllava.recipe import DataSpec, Full, ModelSpec, OptimSpec, Projector, PromptSpec, Recipe, SaveSpec, ScaleSpec
+from rayllava.recipe import (
+    DataSpec,
+    Full,
+    ModelSpec,
+    OptimSpec,
+    Projector,
+    PromptSpec,
+    Recipe,
+    SaveSpec,
+    ScaleSpec,
+)
 
 _SCALE = ScaleSpec(workers="2", zero=2, device="cpu", dtype="float32", checkpointing=False, threads=1)
 

@@ -21,8 +21,8 @@ from rayllava import durable
 from rayllava.model.build import read_tensors
 from rayllava.model.forward import LossModel, tensors
 from rayllava.model.tuning import parameter_groups
-from rayllava.records import Batch
 from rayllava.recipe import Recipe
+from rayllava.records import Batch
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

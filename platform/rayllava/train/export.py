@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
-from rayllava.checkpoint.layouts import LAYOUTS
 from rayllava.families import FAMILIES
-from rayllava.model.build import result
 from rayllava.recipe import ProcessorSpec
 
 log = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """Driver and worker of a training run on Ray Train.
 
-    driver   resolve the model, write RUN/manifest.json, start the TorchTrainer, show progress, export
-    group    every time a worker group starts: decide once (attempt, checkpoint, cursor, W), build its rows
-    worker   read that decision, assert that the first row belongs to it, run the loop
+driver   resolve the model, write RUN/manifest.json, start the TorchTrainer, show progress, export
+group    every time a worker group starts: decide once (attempt, checkpoint, cursor, W), build its rows
+worker   read that decision, assert that the first row belongs to it, run the loop
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The training loop: one for every tuning, stage and world size. Runs without Ray.
 
-    feed -> [atoms of step k] -> count targets on all ranks -> backward each -> step -> metrics -> checkpoint
+feed -> [atoms of step k] -> count targets on all ranks -> backward each -> step -> metrics -> checkpoint
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def run(manifest: RunManifest, decision: Decision, feed: Feed, *, device: torch.
     for step, epoch, atoms, rejected in feed:
         started = time.monotonic()
         targets, samples, left_out = engine.sum(
-            sum(atom.num_targets for atom in atoms), sum(len(atom.sample_ids) for atom in atoms), len(rejected)
+            sum(atom.num_targets for atom in atoms),
+            sum(len(atom.sample_ids) for atom in atoms),
+            len(rejected),
         )
         num_rejected += left_out
         _check_rejected(rejected, num_rejected, manifest)
@@ -110,9 +112,7 @@ def _save(engine: Engine, store: Store, step: int, decision: Decision, *, keep: 
     torch.distributed.all_gather_object(gathered, files)
     if engine.rank == 0:
         merged = {name: digest for part in gathered for name, digest in part.items()}
-        folder = store.commit(
-            step, attempt=decision.attempt, world_size=engine.world_size, files=merged, keep=keep
-        )
+        folder = store.commit(step, attempt=decision.attempt, world_size=engine.world_size, files=merged, keep=keep)
         log.info("saved step %d in %.1f s to %s", step, time.monotonic() - started, folder)
     torch.distributed.barrier()
 

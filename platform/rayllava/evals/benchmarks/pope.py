@@ -19,8 +19,7 @@ CATEGORIES = ("adversarial", "popular", "random")
 
 def items(folder: Path) -> list[Item]:
     return [
-        Item(str(row["question_id"]), row["text"], (folder / "val2014" / row["image"],))
-        for row in _questions(folder)
+        Item(str(row["question_id"]), row["text"], (folder / "val2014" / row["image"],)) for row in _questions(folder)
     ]
 
 
@@ -58,9 +57,7 @@ def _questions(folder: Path) -> list[dict[str, Any]]:
 def _labels(folder: Path, category: str, asked: list[dict[str, Any]]) -> list[str]:
     """Return the labels of a category. They carry no common id: what matches is the position."""
     path = folder / "coco" / f"coco_pope_{category}.json"
-    cure = (
-        f"take the label files of POPE's commit e3e39262, which LLaVA asks, and put them into {path.parent}"
-    )
+    cure = f"take the label files of POPE's commit e3e39262, which LLaVA asks, and put them into {path.parent}"
     rows = read_rows(path, ("image", "label"), cure)
     if len(rows) != len(asked):
         raise ValueError(f"{path} has {len(rows)} labels for {len(asked)} questions; {cure}")

@@ -21,8 +21,7 @@ _OCR_LABEL = "Reference OCR token: "
 
 def items(folder: Path) -> list[Item]:
     return [
-        Item(id, row["text"], (folder / "train_images" / row["image"],))
-        for id, row in _questions(folder).items()
+        Item(id, row["text"], (folder / "train_images" / row["image"],)) for id, row in _questions(folder).items()
     ]
 
 
@@ -33,9 +32,7 @@ def measure(folder: Path, answers: Mapping[str, str]) -> dict[str, float]:
     for id, row in _questions(folder).items():
         key = str(row["question_id"]), question_in(row["text"]).lower()
         if key not in humans:
-            raise ValueError(
-                f"{folder / 'TextVQA_0.5.1_val.json'} has no answers to {key[1]!r} about {key[0]}"
-            )
+            raise ValueError(f"{folder / 'TextVQA_0.5.1_val.json'} has no answers to {key[1]!r} about {key[0]}")
         score = soft_accuracy(answers[id], humans[key]) if id in answers else 0.0
         scores[row.get("category", "default")].append(score)
     metrics = {"accuracy": _percent([score for group in scores.values() for score in group])}
@@ -56,9 +53,7 @@ def question_in(text: str) -> str:
         return lines[1] if text.startswith(_OCR_LABEL) else lines[0]
     elif len(lines) == 2:
         return lines[0]
-    raise ValueError(
-        f"the prompt {text!r} holds no TextVQA question; use the question file of LLaVA's eval.zip"
-    )
+    raise ValueError(f"the prompt {text!r} holds no TextVQA question; use the question file of LLaVA's eval.zip")
 
 
 def _questions(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,72 @@
+"""What an exported model is: manifest.json in its folder, beside the files of its layout.
+
+Training writes it; evaluation, serving and conversion read the prompt path from it and from nowhere else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from rayllava import durable
+from rayllava.recipe import ProcessorSpec, Spec
+
+
+class ModelManifest(Spec):
+    """How a model is asked, and where it comes from."""
+
+    format: Literal[1] = 1
+    kind: Literal["model"] = "model"
+    layout: str = "hf"
+    """Key in rayllava.checkpoint.layouts."""
+    processor: ProcessorSpec
+    """With which the model is asked; its template differs from the training run's where that was `plain`."""
+    family: str
+    """Key in rayllava.families, of the language model."""
+    source: str
+    """The run or folder that the model was made from."""
+    recipe: dict[str, Any] | None = None
+    """Of the run that trained it; empty for a model that came from elsewhere."""
+    step: int | None = None
+    """Optimizer steps of that run."""
+    files: dict[str, str] = {}
+    """Name to digest of every file with tensors."""
+    created: str = ""
+    versions: dict[str, str] = {}
+    """Of the packages that wrote it."""
+
+
+def read_model_manifest(folder: Path, *, field: str = "MODEL") -> ModelManifest:
+    """Return the manifest of an exported model; ValueError when the folder is none."""
+    path = folder / "manifest.json"
+    if not folder.is_dir():
+        raise ValueError(f"{field}={folder} is no folder; give one that holds a model, such as RUN/export")
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{field}={folder} holds no model; give RUN/export or a model's folder") from None
+        raise ValueError(
+            f"{field}={folder} has no manifest.json; give RUN/export, or make one with "
+            f"jobs/convert.py {folder} DST --to hf template=NAME"
+        ) from None
+    if '"kind": "run"' in text:
+        raise ValueError(f"{field}={folder} is a run without an export yet; run its training command again")
+    try:
+        return ModelManifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise ValueError(f"{field}={folder}: manifest.json is no model's of this version ({where})") from error
+
+
+def export_dir(folder: Path) -> Path:
+    """Return the model's folder that `folder` means: RUN/export of a training run, else itself."""
+    inner = folder / "export"
+    return inner if (inner / "config.json").is_file() and not (folder / "config.json").is_file() else folder
+
+
+def write_model_manifest(folder: Path, manifest: ModelManifest) -> None:
+    durable.write_text(folder / "manifest.json", manifest.model_dump_json(indent=1) + "\n")

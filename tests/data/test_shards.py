@@ -1,0 +1,236 @@
+"""A shard folder: whole or absent, and every sample in it as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from rayllava import durable
+from rayllava.data.plan import Plan
+from rayllava.data.sharding import write_shards
+from rayllava.data.shards import SCHEMA, ShardManifest, ShardReader, write_parquet
+from rayllava.records import Sample, Turn
+from tests.data.annotated import Folder
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Folder:
+    return Folder(tmp_path_factory.mktemp("annotated"), 200)
+
+
+@pytest.fixture(scope="module")
+def made(folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> ShardManifest:
+    out = tmp_path_factory.mktemp("made") / "shards"
+    return write_shards("llava", folder.annotations, out, images_dir=folder.images, rows_per_shard=70)
+
+
+def rejected(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+
+
+def test_every_record_is_there_once_with_its_pictures_bit_for_bit(folder: Folder, made: ShardManifest) -> None:
+    samples = ShardReader(made.dir).read(range(made.num_samples))
+    assert sorted(int(sample.id) for sample in samples) == list(range(200))
+    for sample in samples:
+        n = int(sample.id)
+        talk = folder.rows[n]["conversations"]
+        assert sample.images == folder.pictures(n)
+        assert sample.turns == (Turn("user", talk[0]["value"]), Turn("assistant", talk[1]["value"]))
+
+
+def test_the_manifest_counts_and_digests(made: ShardManifest) -> None:
+    assert made.counts == {"records": 200, "samples": 200, "images": 161, "text_only": 40, "rejected": 0}
+    assert [shard.rows for shard in made.shards] == [70, 70, 60]
+    assert made.group_rows.tolist() == [32, 32, 6, 32, 32, 6, 32, 28]
+    for shard in made.shards:
+        assert durable.digest(made.dir / shard.file) == shard.digest
+        metadata = pq.read_metadata(made.dir / shard.file)
+        assert (metadata.num_rows, metadata.num_row_groups) == (shard.rows, shard.row_groups)
+        assert metadata.schema.to_arrow_schema().equals(SCHEMA)
+    for name, digest in made.row_files.items():
+        assert durable.digest(made.dir / f"{name}.npy") == digest
+    assert rejected(made.dir) == []
+
+
+def test_a_loaded_manifest_equals_the_written_one(made: ShardManifest) -> None:
+    assert ShardManifest.load(made.dir) == made
+
+
+def test_row_files_tell_what_the_rows_hold(made: ShardManifest) -> None:
+    samples = ShardReader(made.dir).read(range(made.num_samples))
+    assert made.row_images.tolist() == [len(sample.images) for sample in samples]
+    assert made.row_text.tolist() == [sum(len(t.text.encode()) for t in s.turns) for s in samples]
+    estimate = made.lengths(576) - made.lengths(0)
+    assert np.array_equal(estimate, 576 * made.row_images.astype(int))
+
+
+def test_a_reader_finds_any_rows_in_any_order(made: ShardManifest) -> None:
+    all_rows = ShardReader(made.dir).read(range(made.num_samples))
+    reader = ShardReader(made.dir, num_files=1, num_groups=1)
+    for rows in ([199, 0, 70, 69, 140, 139], [5, 5, 4], [], np.array([31, 32, 33])):
+        assert reader.read(rows) == [all_rows[row] for row in rows]
+
+
+def test_a_plan_over_the_folder_reads_every_sample_once(made: ShardManifest) -> None:
+    plan = Plan.of(made, seed=1, global_batch=24, atom=5)
+    reader = ShardReader(made.dir)
+    atoms = [atom for k in range(plan.num_steps) for atom in plan.atoms(k)]
+    ids = [sample.id for atom in atoms for sample in reader.read(atom.samples)]
+    assert sorted(ids, key=int) == [str(n) for n in range(200)]
+
+
+def test_a_flipped_bit_is_noticed(made: ShardManifest, tmp_path: Path) -> None:
+    samples = ShardReader(made.dir).read(range(10))
+    path = tmp_path / "shard.parquet"
+    write_parquet(path, samples)
+    content = bytearray(path.read_bytes())
+    content[content.index(next(s.images[0] for s in samples if s.images)) + 40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(OSError, match=r"(?i)crc|checksum"):
+        pq.ParquetFile(path, page_checksum_verification=True).read()
+
+
+def test_a_group_may_hold_no_picture_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "shard.parquet"
+    write_parquet(path, [Sample("a", (Turn("user", ""), Turn("assistant", "b")))])
+    assert pq.read_table(path).to_pylist()[0]["images"] == []
+
+
+def test_the_same_words_make_the_same_bytes_and_another_seed_another_order(
+    folder: Folder, made: ShardManifest, tmp_path: Path
+) -> None:
+    words = {"images_dir": folder.images, "rows_per_shard": 70}
+    again = write_shards("llava", folder.annotations, tmp_path / "again", **words)  # type: ignore[arg-type]
+    other = write_shards("llava", folder.annotations, tmp_path / "other", seed=1, **words)  # type: ignore[arg-type]
+    assert again.digest == made.digest != other.digest
+
+
+def test_a_whole_folder_is_left_alone(folder: Folder, made: ShardManifest) -> None:
+    before = (made.dir / "manifest.json").stat().st_mtime_ns
+    write_shards("llava", folder.annotations, made.dir, images_dir=folder.images, rows_per_shard=70)
+    assert (made.dir / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="already holds shards of something else; give a new folder"):
+        write_shards("llava", folder.annotations, made.dir, images_dir=folder.images, rows_per_shard=71)
+
+
+def test_a_folder_without_manifest_names_the_cure(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a shard folder .*; make one with jobs/shard.py"):
+        ShardManifest.load(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": 1, "sha')
+    with pytest.raises(ValueError, match=r"manifest.json is damaged"):
+        ShardManifest.load(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": 9}')
+    with pytest.raises(ValueError, match="has shard format 9"):
+        ShardManifest.load(tmp_path)
+
+
+def test_skipped_records_are_listed_with_their_reasons(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, 100)
+    (folder.images / "1.png").unlink()
+    (folder.images / "2.png").write_bytes(b"<html>")
+    folder.rows[3]["image"] = []
+    folder.rows[9] = {"id": "nine"}
+    folder.write()
+    manifest = write_shards(
+        "llava",
+        folder.annotations,
+        tmp_path / "out",
+        images_dir=folder.images,
+        policy="skip",
+        rows_per_shard=40,
+    )
+    told = rejected(tmp_path / "out")
+    assert [(one["source"], one["line"], one["id"]) for one in told] == [
+        ("llava", 2, "1"),
+        ("llava", 3, "2"),
+        ("llava", 4, "3"),
+        ("llava", 10, "nine"),
+    ]
+    reasons = ["is missing", "not an image", "1 <image> mark", "conversations is missing"]
+    assert all(reason in str(one["reason"]) for reason, one in zip(reasons, told, strict=True))
+    assert (manifest.counts["samples"], manifest.counts["rejected"]) == (96, 4)
+    ids = {sample.id for sample in ShardReader(manifest.dir).read(range(96))}
+    assert not ids & {"1", "2", "3", "nine"}
+
+
+def test_past_the_budget_nothing_is_made_but_the_list(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, 50)
+    for n in (1, 2, 3):
+        (folder.images / f"{n}.png").unlink()
+    with pytest.raises(ValueError, match=r"3 of 50 records are rejected .* budget \(0.04\) allows 2; .*raise budget"):
+        write_shards(
+            "llava",
+            folder.annotations,
+            tmp_path / "out",
+            images_dir=folder.images,
+            policy="skip",
+            budget=0.04,
+        )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"rejected.jsonl", ".unfinished"}
+    assert len(rejected(tmp_path / "out")) == 3
+
+
+def test_a_mended_picture_is_read_again(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, 20)
+    picture = folder.images / "1.png"
+    content = picture.read_bytes()
+    picture.unlink()
+    with pytest.raises(ValueError, match=r"record 2 of .*a.json \(id '1'\): image 1.png is missing; mend it, or"):
+        write_shards("llava", folder.annotations, tmp_path / "out", images_dir=folder.images)
+    with pytest.raises(ValueError, match="budget"):
+        write_shards("llava", folder.annotations, tmp_path / "out", images_dir=folder.images, policy="skip", budget=0)
+    picture.write_bytes(content)
+    manifest = write_shards("llava", folder.annotations, tmp_path / "out", images_dir=folder.images)
+    assert manifest.counts["rejected"] == 0
+
+
+def test_a_folder_of_nothing_but_rejects_is_no_folder(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, 5)
+    for row in folder.rows:
+        row["image"] = ["absent.png"]
+        row["conversations"][0]["value"] = "<image>"
+    folder.write()
+    with pytest.raises(ValueError, match=r"every record was rejected; .*rejected.jsonl"):
+        write_shards("llava", folder.annotations, tmp_path / "out", images_dir=folder.images, policy="skip")
+    assert len(rejected(tmp_path / "out")) == 5
+
+
+def test_what_was_mended_is_counted(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, 10)
+    folder.rows[0]["conversations"].insert(0, {"from": "gpt", "value": "Hello."})
+    folder.write()
+    manifest = write_shards("llava", folder.annotations, tmp_path / "out", images_dir=folder.images)
+    assert manifest.mended == {"answer before the first question dropped": 1}
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, 100)
+    with tiny_disk(tmp_path / "disk") as disk:
+        with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\); make room"):
+            write_shards("llava", folder.annotations, disk / "out", images_dir=folder.images)
+        assert [path.name for path in (disk / "out").rglob("*")] == [".unfinished"]
+
+
+@contextlib.contextmanager
+def tiny_disk(path: Path) -> Iterator[Path]:
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(path)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("may not mount a small disk here")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)

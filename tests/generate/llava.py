@@ -1,0 +1,47 @@
+"""A LLaVA with random weights, made in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.tiny import processor_spec
+
+
+def tiny_llava(*, seed: int = 0, **text: Any) -> Any:
+    """Return a float32 model that fits tests.tiny.processor_spec; biases and norms are random too."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    spec = processor_spec()
+    llama = {
+        "vocab_size": 384,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    clip = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=14,
+    )
+    config = LlavaConfig(
+        vision_config=clip,
+        text_config=LlamaConfig(**(llama | text)),
+        image_token_index=spec.image_token_id,
+        image_seq_length=spec.num_image_tokens,
+        pad_token_id=spec.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
