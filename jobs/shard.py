@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 
 from rayllava import driver
+from rayllava.recipe import override
 
 
 def main(words: list[str]) -> None:
@@ -29,7 +30,7 @@ def main(words: list[str]) -> None:
     from rayllava.data.ingest import ShardSpec
     from rayllava.data.sharding import write_shards
 
-    spec = ShardSpec.read(args.fields)
+    spec = override(ShardSpec(), args.fields)
     if args.dry_run:
         print(json.dumps({**vars(args), "fields": spec.model_dump()}, indent=1, ensure_ascii=False))
         return

@@ -16,7 +16,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rayllava import log as log_
 from rayllava import recipe as recipes
@@ -44,10 +44,16 @@ def job(main: Callable[[list[str]], None]) -> None:
         sys.exit(f"error: {_sentence(cause)}")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the words in one line, as any other failure."""
+        self.exit(2, f"error: {message}; --help says more\n")
+
+
 def parser(doc: str) -> argparse.ArgumentParser:
     """Return a parser with the flags that every job has."""
     lines = doc.strip().splitlines()
-    made = argparse.ArgumentParser(
+    made = _Parser(
         description=lines[0],
         epilog="\n".join(lines[1:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -97,10 +103,11 @@ def train(doc: str | None, argv: list[str]) -> None:
     if words.dry_run:
         print(show(recipe))
         return
-    with connect(words.address, num_cpus=recipe.scale.max_workers + recipe.scale.decoders + 1):
-        from rayllava.train.launch import train as launch
+    from rayllava.train import launch
 
-        launch(recipe)
+    manifest = launch.prepare(recipe)
+    with connect(words.address, num_cpus=recipe.scale.max_workers + recipe.scale.decoders + 1):
+        launch.train(manifest)
 
 
 def show(recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ from rayllava import durable
 from rayllava.data.plan import Plan
 from rayllava.data.sharding import write_shards
 from rayllava.data.shards import SCHEMA, ShardManifest, ShardReader, write_parquet
+from rayllava.recipe import DataSpec
 from rayllava.records import Sample, Turn
 from tests.data.annotated import Folder
 
@@ -81,7 +82,7 @@ def test_a_reader_finds_any_rows_in_any_order(made: ShardManifest) -> None:
 
 
 def test_a_plan_over_the_folder_reads_every_sample_once(made: ShardManifest) -> None:
-    plan = Plan.of(made, seed=1, global_batch=24, atom=5)
+    plan = Plan.of(made, DataSpec(global_batch=24, atom=5), seed=1)
     reader = ShardReader(made.dir)
     atoms = [atom for k in range(plan.num_steps) for atom in plan.atoms(k)]
     ids = [sample.id for atom in atoms for sample in reader.read(atom.samples)]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from rayllava.data.sources import Record
 from rayllava.recipe import Spec
@@ -38,23 +38,6 @@ class ShardSpec(Spec):
     """Records in a shard, and so in a task."""
     seed: int = 42
     """Of the order in which records are cut into shards."""
-
-    @classmethod
-    def read(cls, words: list[str]) -> Self:
-        """Return the knobs with `field=value` words applied; a mistake is a one-line ValueError."""
-        values: dict[str, str | None] = {}
-        for word in words:
-            field, equals, value = word.partition("=")
-            if not equals or field not in cls.model_fields:
-                raise ValueError(f"unknown field {word!r}; there are: {', '.join(cls.model_fields)}")
-            values[field] = value if value or field == "images" else None
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = str(first["loc"][0])
-            message = first["msg"][0].lower() + first["msg"][1:]
-            raise ValueError(f"{field}={values[field]}: {message}") from error
 
     def allowed(self, num_records: int) -> int:
         """Return how many of the records may be rejected."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from rayllava.data.shards import ShardManifest
+    from rayllava.recipe import DataSpec
 
 Tail = Literal["short", "drop", "repeat"]
 Indices = NDArray[np.int64]
@@ -96,17 +97,7 @@ class Plan:
         self._orders: dict[int, Order] = {}
 
     @classmethod
-    def of(
-        cls,
-        shards: ShardManifest,
-        *,
-        seed: int,
-        global_batch: int,
-        epochs: int = 1,
-        atom: int,
-        tail: Tail = "short",
-        num_image_tokens: int = 576,
-    ) -> Self:
+    def of(cls, shards: ShardManifest, data: DataSpec, *, seed: int, num_image_tokens: int = 576) -> Self:
         """Plan over a shard folder.
 
         `num_image_tokens` weighs pictures against text when atoms are dealt; it changes no atom.
@@ -115,10 +106,10 @@ class Plan:
             shards.num_samples,
             shards.lengths(num_image_tokens),
             seed=seed,
-            global_batch=global_batch,
-            epochs=epochs,
-            atom=atom,
-            tail=tail,
+            global_batch=data.global_batch,
+            epochs=data.epochs,
+            atom=data.atom,
+            tail=data.tail,
             group_rows=shards.group_rows,
         )
 

@@ -28,9 +28,9 @@ from rayllava import durable
 from rayllava.data.block import UNFINISHED, Part, write_block
 from rayllava.data.ingest import Policy, Rejected, ShardSpec, check, settle
 from rayllava.data.plan import GROUP, permutation
-from rayllava.data.progress import Progress
 from rayllava.data.shards import FORMAT, MANIFEST, ROW_FILES, Shard, ShardManifest
 from rayllava.data.sources import SOURCES, Record
+from rayllava.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -129,15 +129,12 @@ class _Job:
         """Return a part for every block, in order."""
         parts: dict[int, Part] = {}
         try:
-            total = sum(map(len, self.blocks))
-            with (
-                Progress("sharding", total=total) as progress,
-                contextlib.closing(self._results()) as results,
-            ):
+            with Progress("records") as progress, contextlib.closing(self._results()) as results:
+                progress.add("sharding", total=sum(map(len, self.blocks)))
                 for number, part in results:
                     parts[number] = part
                     self._reject(part.rejected)
-                    progress.advance(len(self.blocks[number]))
+                    progress.advance("sharding", len(self.blocks[number]))
         except OSError as error:
             code = getattr(error, "cause", error).errno  # Ray wraps what a task raised
             if code not in _NO_ROOM:

@@ -19,10 +19,9 @@ import numpy as np
 
 from rayllava.checkpoint.store import Decision, read_decision, read_run
 from rayllava.data.plan import Atom, Plan
-from rayllava.data.shards import ShardManifest, ShardReader
+from rayllava.data.shards import ShardReader
 from rayllava.prompt.collate import collate, dummy, from_row, to_row
 from rayllava.prompt.encode import Processor, SampleError
-from rayllava.recipe import DataSpec, ProcessorSpec
 from rayllava.records import IGNORE, Batch, Example
 
 if TYPE_CHECKING:
@@ -32,20 +31,6 @@ log = logging.getLogger(__name__)
 
 _AHEAD = 4
 """Atoms a worker fetches before it needs them."""
-
-
-def make_plan(shards: ShardManifest, data: DataSpec, *, seed: int, processor: ProcessorSpec | None = None) -> Plan:
-    """Return the step plan over a shard folder. Only dealing needs the processor, for estimates of length."""
-    return Plan(
-        shards.num_samples,
-        shards.lengths(processor.num_image_tokens) if processor else None,
-        seed=seed,
-        global_batch=data.global_batch,
-        epochs=data.epochs,
-        atom=data.atom,
-        tail=data.tail,
-        group_rows=shards.group_rows,
-    )
 
 
 def rows(run_dir: Path, decision: Decision) -> Dataset:
@@ -85,7 +70,7 @@ def step_rows(batch: dict[str, np.ndarray], *, run_dir: str, attempt: int) -> It
                     made,
                     attempt=attempt,
                     step=index,
-                    epoch=plan.step(index).epoch,
+                    epoch=plan.epoch_of(index),
                     rank=rank,
                     slots=len(shares[0]),
                     rejected=rejected,
@@ -146,7 +131,9 @@ def _open(run_dir: str, attempt: int) -> tuple[Decision, Plan, ShardReader, Proc
     recipe = manifest.recipe
     reader = ShardReader(recipe.data.shards)
     assert reader.manifest.digest == manifest.shards_digest, f"{recipe.data.shards} changed during the run"
-    plan = make_plan(reader.manifest, recipe.data, seed=recipe.seed, processor=manifest.processor)
+    plan = Plan.of(
+        reader.manifest, recipe.data, seed=recipe.seed, num_image_tokens=manifest.processor.num_image_tokens
+    )
     processor = Processor(manifest.processor, Path(run_dir) / "tokenizer")
     return read_decision(Path(run_dir), attempt), plan, reader, processor
 

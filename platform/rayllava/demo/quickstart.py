@@ -78,9 +78,9 @@ class Quickstart:
             )
 
     def _train(self, stage: str) -> dict[str, Any]:
-        from rayllava.train.launch import train
+        from rayllava.train import launch
 
-        manifest = train(self.recipe(stage))
+        manifest = launch.train(launch.prepare(self.recipe(stage)))
         return {"steps": manifest.num_steps}
 
     def _proof(self) -> dict[str, Any]:

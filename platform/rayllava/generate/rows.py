@@ -1,7 +1,7 @@
 """The attention cache of all running answers: a row each, padded on the left so that all end together.
 
-    prefill --> Rows --join--> Rows --step, step, ...--> logits
-                                 keep: answers that ended leave, and with them the padding only they needed
+prefill --> Rows --join--> Rows --step, step, ...--> logits
+                             keep: answers that ended leave, and with them the padding only they needed
 """
 
 from __future__ import annotations

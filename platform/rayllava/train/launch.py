@@ -24,6 +24,7 @@ from rayllava.checkpoint import store
 from rayllava.checkpoint.resolve import local_parts
 from rayllava.checkpoint.store import RunManifest
 from rayllava.data import stream
+from rayllava.data.plan import Plan
 from rayllava.data.shards import ShardManifest
 from rayllava.prompt.assemble import assemble
 from rayllava.recipe import Recipe
@@ -34,20 +35,27 @@ log = logging.getLogger(__name__)
 _FREE_TO_CHANGE = ("scale", "save", "fresh", "name")
 """Parts of a recipe that a continued run may state differently: they do not change what is computed."""
 
+_PACKAGES = ("rayllava", "torch", "ray", "transformers", "deepspeed")
+
 
 def prepare(recipe: Recipe) -> RunManifest:
-    """Check everything that can be checked before a worker starts and return what the run will be.
+    """Open RUN: check all that can be checked before a cluster is used, then write its manifest and tokenizer.
 
-    Writes nothing. Raises ValueError with the field and the cure.
+    A run that `out` holds already is continued as it began. Raises ValueError with the field and the cure, and
+    leaves `out` as it was.
     """
-    shards = ShardManifest.load(Path(recipe.data.shards))
     recipe = _with_model(recipe)
-    plan = stream.make_plan(shards, recipe.data, seed=recipe.seed)
-    plan.check_workers(recipe.scale.max_workers)
-    out = Path(recipe.out)
-    durable.check_writable(out)
     assert recipe.model is not None
-    with durable.new_dir(out / "tokenizer") as folder:
+    shards = ShardManifest.load(Path(recipe.data.shards))
+    plan = Plan.of(shards, recipe.data, seed=recipe.seed)
+    plan.check_workers(recipe.scale.max_workers)
+    run_dir = Path(recipe.out)
+    durable.check_writable(run_dir)
+    if (run_dir / "manifest.json").exists():
+        if not recipe.fresh:
+            return _continued(recipe, shards, run_dir)
+        _clear(run_dir)
+    with durable.new_dir(run_dir / "tokenizer") as folder:
         processor = assemble(
             llm_dir=Path(recipe.model.llm),
             vision_dir=Path(recipe.model.vision),
@@ -55,27 +63,25 @@ def prepare(recipe: Recipe) -> RunManifest:
             prompt=recipe.prompt,
             out_dir=folder,
         )
-    names = ("rayllava", "torch", "ray", "transformers", "deepspeed")
-    return RunManifest(
+    manifest = RunManifest(
         recipe=recipe,
         processor=processor,
         shards_digest=shards.digest,
         num_steps=plan.num_steps,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        versions={name: version(name) for name in names},
+        versions={name: version(name) for name in _PACKAGES},
     )
+    store.write_run(run_dir, manifest)
+    return manifest
 
 
-def train(recipe: Recipe) -> RunManifest:
-    """Run a recipe to its end on the connected cluster, or continue the run that its `out` holds."""
+def train(manifest: RunManifest) -> RunManifest:
+    """Run a prepared run to its end on the connected cluster."""
+    recipe = manifest.recipe
     run_dir = Path(recipe.out)
-    if recipe.fresh and (run_dir / "manifest.json").exists():
-        _clear(run_dir)
-    manifest = _continued(prepare(recipe), run_dir)
     if manifest.finished:
         log.info("%s is finished (%d steps); fresh=true starts it over", run_dir, manifest.num_steps)
         return manifest
-    store.write_run(run_dir, manifest)
     use_gpu = _use_gpu(recipe)
     scale = recipe.scale
     workers: int | tuple[int, int] = scale.min_workers
@@ -168,24 +174,17 @@ def _with_model(recipe: Recipe) -> Recipe:
     return recipe.but(model=local_parts(model))
 
 
-def _continued(manifest: RunManifest, run_dir: Path) -> RunManifest:
+def _continued(recipe: Recipe, shards: ShardManifest, run_dir: Path) -> RunManifest:
     """Return the manifest to go on with; ValueError when `out` holds a run that computes something else."""
-    if not (run_dir / "manifest.json").exists():
-        return manifest
     before = store.read_run(run_dir, field="out")
-    old, new = (flat(m.recipe.model_dump(exclude=set(_FREE_TO_CHANGE))) for m in (before, manifest))
+    old, new = (flat(r.model_dump(exclude=set(_FREE_TO_CHANGE))) for r in (before.recipe, recipe))
+    cure = "give another out, or fresh=true to start over"
     for path in sorted(old.keys() | new.keys()):
         if old.get(path) != new.get(path):
-            raise ValueError(
-                f"{path}={new.get(path)}, but out={run_dir} holds a run with {old.get(path)}; "
-                "give another out, or fresh=true to start over"
-            )
-    if before.shards_digest != manifest.shards_digest:
-        raise ValueError(
-            f"data={manifest.recipe.data.shards} changed since out={run_dir} began; "
-            "give another out, or fresh=true to start over"
-        )
-    return before.but(recipe=manifest.recipe)
+            raise ValueError(f"{path}={new.get(path)}, but out={run_dir} holds a run with {old.get(path)}; {cure}")
+    if before.shards_digest != shards.digest:
+        raise ValueError(f"data={recipe.data.shards} changed since out={run_dir} began; {cure}")
+    return before.but(recipe=recipe)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

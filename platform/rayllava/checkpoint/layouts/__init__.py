@@ -38,6 +38,11 @@ class StoredModel:
     dtype: torch.dtype
     """Of the language model's tensors."""
 
+    @classmethod
+    def of(cls, llava: Any, tokenizer_dir: Path) -> StoredModel:
+        """Return a model in memory as if it were stored; its weights are float, not quantized."""
+        return cls(llava.config, lambda: llava.state_dict().items(), tokenizer_dir, llava.lm_head.weight.dtype)
+
     def cast(self, dtype: torch.dtype) -> StoredModel:
         """Return the model with its floating point tensors in `dtype`."""
         stream = self.tensors

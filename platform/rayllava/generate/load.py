@@ -1,0 +1,65 @@
+"""Folder -> Engine: how a finished model gets to answer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from rayllava.checkpoint.layouts import LAYOUTS
+from rayllava.checkpoint.manifest import export_dir, read_model_manifest
+from rayllava.generate.engine import Engine
+from rayllava.model.quant import check_quant, quantize
+from rayllava.model.restore import restore
+from rayllava.prompt.encode import Processor
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_engine(
+    model_dir: Path,
+    *,
+    quant: str = "none",
+    device: str = "cpu",
+    dtype: str | None = None,
+    threads: int | None = None,
+    max_batch: int = 16,
+) -> Engine:
+    """Return an engine for RUN/export, for RUN, or for a folder that `jobs/convert.py` wrote.
+
+    Without `dtype` the model computes in float32 on the CPU and in bfloat16 elsewhere. `threads` sets the torch
+    threads of the whole process.
+    """
+    check_quant(quant)
+    place = _device(device)
+    number = dtype_of(dtype) if dtype else torch.float32 if place.type == "cpu" else torch.bfloat16
+    folder = export_dir(model_dir)
+    manifest = read_model_manifest(folder)
+    if threads:
+        torch.set_num_threads(threads)
+    stored = LAYOUTS[manifest.layout].read(folder)
+    model = restore(stored, dtype=number)
+    quantize(model, quant, device=place)  # type: ignore[arg-type]
+    model.to(place)
+    log.info("loaded %s: quant=%s, %s on %s", folder, quant, str(number).removeprefix("torch."), place)
+    return Engine(model, Processor(manifest.processor, stored.tokenizer_dir), max_batch=max_batch)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return torch's dtype; ValueError when we compute in no such one."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name} is none of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name} is unknown; use cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name}: torch sees no GPU here; use device=cpu")
+    return device

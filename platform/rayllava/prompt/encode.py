@@ -1,0 +1,237 @@
+"""Sample -> Example: the one prompt path of training, evaluation and serving.
+
+    images  bytes            -> pixels  uint8 (N, 3, S, S)
+    turns   "<image>⏎What?"  -> ids     int32 (T,)   <image> becomes a run of image tokens
+                             -> labels  int32 (T,)   -100 on everything the user said
+
+    turns --_rounds--> questions and answers --Template.render--> spans --_strip--> positions --_fit--> positions
+
+A position knows its id, its part of the dialogue and its round. Labels are read off the parts, and turns that
+do not fit are left out by their round, so nothing is ever searched for in finished ids.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from rayllava.prompt import pixels
+from rayllava.prompt.chat import Part, Round, Span, template_of
+from rayllava.prompt.tokens import Tokenizer
+from rayllava.recipe import ProcessorSpec
+from rayllava.records import IGNORE, IMAGE_MARK, Example, Sample, Turn
+
+
+class SampleError(ValueError):
+    """A sample that cannot become an example; the message says why."""
+
+
+class Position(NamedTuple):
+    """One id of an example before it is laid into arrays."""
+
+    id: int
+    part: Part
+    round: int
+
+
+class Processor:
+    """Turns dialogues into ids and answers back into text, as a checkpoint's manifest says."""
+
+    def __init__(self, spec: ProcessorSpec, tokenizer_dir: Path) -> None:
+        self.spec = spec
+        self.template = template_of(spec.template)
+        self.tokenizer = Tokenizer(tokenizer_dir)
+        for name in ("image_token_id", "bos_token_id", "eos_token_id"):
+            id_ = getattr(spec, name)
+            if id_ is not None and id_ not in self.tokenizer.controls:
+                raise ValueError(f"{name}={id_} is no control token of {tokenizer_dir}; they belong to different models")
+
+    def encode(self, sample: Sample, *, open_turn: bool = False) -> Example:
+        """Return the sample in the model's terms.
+
+        With `open_turn` the dialogue ends with a question and the ids with the place of its answer; they are a
+        prefix of the ids that the same dialogue has in training. Raises SampleError.
+        """
+        if unknown := {turn.role for turn in sample.turns} - {"system", "user", "assistant"}:
+            raise SampleError(f"there is no role {min(unknown)!r}")
+        if not _is_text(sample.turns):
+            raise SampleError("its text holds half a surrogate pair, which is no character")
+        system, rounds = _rounds(sample.turns, open_turn=open_turn)
+        rounds = self._place(rounds, num_images=len(sample.images))
+        if not open_turn and rounds and rounds[-1].answer is None:
+            rounds = rounds[:-1]  # a question that nobody answered; its pictures were counted above
+        if not rounds:
+            raise SampleError("it has no question with an answer")
+        if self.template.wordless and (len(rounds) > 1 or IMAGE_MARK not in rounds[0].question):
+            raise SampleError(f"template {self.spec.template} takes one question with a picture and one answer")
+        whole = self._strip(self.template.render(rounds, system=system))
+        kept, cut = self._fit(whole, open_turn=open_turn)
+        ids = np.array([p.id for p in kept], dtype=np.int32)
+        spoken = np.array([p.part in ("answer", "stop") for p in kept], dtype=bool)
+        if not open_turn and not spoken.any():
+            raise SampleError("it has no answer to learn from")
+        num_images = int((ids == self.spec.image_token_id).sum()) // self.spec.num_image_tokens
+        return Example(
+            id=sample.id,
+            ids=ids,
+            labels=np.where(spoken, ids, np.int32(IGNORE)),
+            pixels=self._pixels(sample.images[:num_images]),
+            cut=cut,
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids without control tokens."""
+        return self.tokenizer.decode(ids)
+
+    def _place(self, rounds: list[Round], *, num_images: int) -> list[Round]:
+        """Return the rounds with one mark a picture, at the front of its question unless `image_at` is written."""
+        front = self.spec.image_at == "front"
+        counts = [r.question.count(IMAGE_MARK) for r in rounds]
+        if front and num_images == 1:  # LLaVA and XTuner take the marks of a turn for one
+            counts = [min(count, 1) for count in counts]
+        if sum(counts) != num_images:
+            raise SampleError(f"{sum(counts)} {IMAGE_MARK} marks in its questions for {num_images} images")
+        if not front:
+            return rounds
+        return [
+            Round(_to_front(r.question, count), r.answer) if count else r
+            for r, count in zip(rounds, counts, strict=True)
+        ]
+
+    def _strip(self, rounds: Sequence[Sequence[Span]]) -> list[Position]:
+        """Return the positions of rendered rounds."""
+        spec = self.spec
+        strip: list[Position] = []
+        pending: list[tuple[Span, int]] = []  # spans that are tokenised together
+
+        def flush() -> None:
+            strip.extend(self._tokenise(pending))
+            pending.clear()
+
+        for number, spans in enumerate(rounds):
+            for _, piece in groupby(spans, key=lambda span: _piece_of(span.part)):
+                for span in piece:
+                    special = spec.bos_token_id if span.kind == "bos" else spec.eos_token_id
+                    if span.kind == "image":
+                        flush()
+                        strip += [Position(spec.image_token_id, span.part, number)] * spec.num_image_tokens
+                    elif span.kind in ("markup", "said") or (self.template.joined and (strip or pending)):
+                        pending.append((span, number))
+                    elif special is not None:
+                        flush()
+                        strip.append(Position(special, span.part, number))
+                if not self.template.joined:
+                    flush()
+        flush()
+        return strip
+
+    def _tokenise(self, spans: Sequence[tuple[Span, int]]) -> list[Position]:
+        """Return the positions of spans that are one string; a token belongs to the span of its last character."""
+        texts = [self._spelled(span) for span, _ in spans]
+        ends = list(accumulate(map(len, texts)))
+        tokens = self.tokenizer.encode("".join(texts))
+        for index in range(1, len(spans)):
+            seam = ends[index - 1]
+            asked, answered = spans[index - 1][0].part, spans[index][0].part
+            if asked == "prompt" and answered != "prompt" and any(t.start < seam < t.end for t in tokens):
+                # A token over the seam would be half question, half answer, and no open prompt could end there.
+                return self._tokenise(spans[:index]) + self._tokenise(spans[index:])
+        positions = []
+        for token in tokens:
+            span, number = spans[min(bisect_right(ends, max(token.start, token.end - 1)), len(spans) - 1)]
+            positions.append(Position(token.id, span.part, number))
+        return positions
+
+    def _spelled(self, span: Span) -> str:
+        if span.kind == "said":
+            return span.text
+        if span.kind == "markup":
+            return self.tokenizer.markup(span.text)
+        special = self.spec.bos_token_id if span.kind == "bos" else self.spec.eos_token_id
+        return "" if special is None else self.tokenizer.control(special)
+
+    def _fit(self, strip: list[Position], *, open_turn: bool) -> tuple[list[Position], bool]:
+        """Return what `max_length` has room for, and whether anything that is learned had to go.
+
+        Whole rounds go first, from the end. A first round that is too long on its own loses the end of its answer,
+        and with it the stop token, so that the model does not learn to stop in mid-sentence.
+        """
+        limit = self.spec.max_length
+        if len(strip) <= limit:
+            return strip, False
+        if open_turn:
+            raise SampleError(f"the prompt takes {len(strip)} positions; max_length={limit} is the most")
+        last = strip[-1].round
+        spoken_until = dict.fromkeys(range(last + 1), 0)
+        for index, position in enumerate(strip):
+            if position.part != "gap":
+                spoken_until[position.round] = index + 1
+        num_whole = sum(end <= limit for end in spoken_until.values())
+        if num_whole:
+            return [p for p in strip[:limit] if p.round < num_whole], num_whole <= last
+        num_prompt = sum(p.part == "prompt" and p.round == 0 for p in strip)
+        if num_prompt >= limit:
+            raise SampleError(
+                f"its first question takes {num_prompt} positions; max_length={limit} leaves no room for an answer"
+            )
+        return [p for p in strip[:limit] if p.part != "stop"], True
+
+    def _pixels(self, images: Sequence[bytes]) -> np.ndarray:
+        size = self.spec.image_size
+        squares = np.empty((len(images), 3, size, size), dtype=np.uint8)  # (N, 3, S, S)
+        for number, content in enumerate(images):
+            try:
+                image = pixels.decode(content)
+            except ValueError as error:
+                raise SampleError(f"image {number + 1} of {len(images)}: {error}") from error
+            squares[number] = pixels.square(image, aspect=self.spec.aspect, size=size, mean=self.spec.image_mean)
+        return squares
+
+
+def _rounds(turns: Sequence[Turn], *, open_turn: bool) -> tuple[str | None, list[Round]]:
+    """Return the system text, None when there is none, and the rounds; a question at the end is an open round.
+
+    Answers before the first question are dropped and questions in a row joined by a newline, as sharding does.
+    """
+    num_system = next((n for n, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    system = "\n".join(turn.text for turn in turns[:num_system]) if num_system else None
+    questions: list[str] = []
+    rounds: list[Round] = []
+    for turn in turns[num_system:]:
+        if turn.role == "system":
+            raise SampleError("a system turn stands after the dialogue began")
+        if turn.role == "user":
+            questions.append(turn.text)
+        elif questions:
+            rounds.append(Round("\n".join(questions), turn.text))
+            questions = []
+        elif rounds:
+            raise SampleError("two assistant turns stand in a row")
+    if questions:
+        rounds.append(Round("\n".join(questions), None))
+    elif open_turn:
+        raise SampleError("it ends without a question, so there is nothing to answer")
+    return system, rounds
+
+
+def _to_front(question: str, count: int) -> str:
+    words = question.replace(IMAGE_MARK, "").strip()
+    return (f"{IMAGE_MARK}\n" * count + words).strip()
+
+
+def _piece_of(part: Part) -> Part:
+    """Return the part that a part is tokenised with where question, answer and gap are tokenised one by one."""
+    return "answer" if part in ("stop", "silence") else part
+
+
+def _is_text(turns: Iterable[Turn]) -> bool:
+    try:
+        "".join(turn.text for turn in turns).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
