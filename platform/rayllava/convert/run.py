@@ -42,7 +42,7 @@ def convert(src: Path, dst: Path, *, to: str, spec: ConvertSpec | None = None) -
     """
     begin = time.perf_counter()
     spec = spec or ConvertSpec()
-    if to not in LAYOUTS:
+    if to not in list(LAYOUTS):
         raise ValueError(f"to={to} cannot be written yet; there is: {', '.join(LAYOUTS)}")
     src = export_dir(src)
     layout = detect(src, field="SRC")
@@ -73,7 +73,7 @@ def _manifest(src: Path, layout: str, stored: StoredModel, spec: ConvertSpec) ->
         processor=processor,
         family=spec.family or _family(spec.template),
         source=src.name,
-        versions={name: version(name) for name in ("rayllava", "torch", "transformers")},
+        versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
     )
 
 

@@ -10,7 +10,7 @@ Both halves stand here: `rows` makes the dataset on the driver's side, `feed` re
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,19 +83,19 @@ def feed(
 ) -> Iterator[tuple[int, int, list[Batch], list[str]]]:
     """Yield (step, epoch, atoms, rejected) of this rank, and check that every row is the promised one."""
     tables = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=_AHEAD)
-    rows_ = (row for table in tables for row in table.to_pylist())
+    rows_ = ({name: table[name][0] for name in table.column_names} for table in tables)  # not copied
     for step in range(decision.cursor, num_steps):
         atoms: list[Batch] = []
         rejected: list[str] = []
         slots = 1
         while len(atoms) < slots:
             row = next(rows_)
-            got = (row["attempt"], row["step"], row["rank"])
+            got = tuple(row[name].as_py() for name in ("attempt", "step", "rank"))
             assert got == (decision.attempt, step, rank), f"row {got} came for {(decision.attempt, step, rank)}"
-            slots = row["slots"]
+            slots = row["slots"].as_py()
             atoms.append(from_row(row))
-            rejected += row["rejected"]
-        yield step, row["epoch"], atoms, rejected
+            rejected += row["rejected"].as_py()
+        yield step, row["epoch"].as_py(), atoms, rejected
 
 
 def _make(atom: Atom | None, reader: ShardReader, processor: Processor) -> tuple[Batch, list[str]]:
@@ -136,18 +136,3 @@ def _open(run_dir: str, attempt: int) -> tuple[Decision, Plan, ShardReader, Proc
     )
     processor = Processor(manifest.processor, Path(run_dir) / "tokenizer")
     return read_decision(Path(run_dir), attempt), plan, reader, processor
-
-
-def local_feed(
-    run_dir: Path, decision: Decision, *, rank: int = 0, num_steps: int | None = None
-) -> Iterator[tuple[int, int, list[Batch], list[str]]]:
-    """Yield what `feed` yields, made in this process without Ray."""
-    manifest = read_run(run_dir)
-    for step in range(decision.cursor, num_steps or manifest.num_steps):
-        batch = {"id": np.array([step - decision.cursor])}
-        made = [
-            {key: value[0] for key, value in row.items()}
-            for row in step_rows(batch, run_dir=str(run_dir), attempt=decision.attempt)
-        ]
-        mine: Sequence[dict[str, Any]] = [row for row in made if row["rank"] == rank]
-        yield step, mine[0]["epoch"], [from_row(r) for r in mine], [x for r in mine for x in r["rejected"]]

@@ -13,11 +13,10 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rayllava import durable, recipe
+from rayllava import durable, recipe, versions
 from rayllava.demo.report import write_report
 from rayllava.recipe import Recipe
 from rayllava.records import IMAGE_MARK, Request, Turn
@@ -25,7 +24,6 @@ from rayllava.records import IMAGE_MARK, Request, Turn
 log = logging.getLogger(__name__)
 
 OPEN, YES_NO = "textvqa", "pope"
-_VERSIONS = ("rayllava", "torch", "ray", "transformers", "deepspeed", "bitsandbytes", "openai")
 
 
 class Quickstart:
@@ -182,7 +180,7 @@ class Quickstart:
             "total_seconds": round(sum(self.seconds.values()), 1),
             "proof": proof,
             "served": served,
-            "versions": {name: version(name) for name in _VERSIONS},
+            "versions": versions(),
         }
         durable.write_json(self.out / "report.json", report)
         write_report(self.out, report)

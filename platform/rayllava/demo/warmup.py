@@ -245,14 +245,14 @@ def _text(tokenizer: PreTrainedTokenizerFast, rng: Random, *, notes: float) -> t
     """One text of the domain as ids and labels: a drawing with its caption, or a dialogue about a drawing."""
     layout = rng.choices(LAYOUTS, [layout.share for layout in LAYOUTS])[0]
     scene = Scene(layout, tuple(rng.randrange(10) for _ in layout.places))
-    drawing = _typed_drawing(scene, rng)
+    told = _glances(scene, rng)
     kind = rng.random()
     if kind < 0.15:
-        pieces = [(drawing, False), (caption(scene) + "\n", True)]
+        pieces = [(told, False), (caption(scene) + "\n", True)]
     elif kind < 0.15 + notes:
-        pieces = [(drawing, False), *_notes(scene, rng)]
+        pieces = [(told, False), *_notes(scene, rng)]
     elif kind < 0.95:
-        pieces = _dialogue_pieces(drawing + "\n", dialogue(scene, rng))
+        pieces = _dialogue_pieces(told + "\n", dialogue(scene, rng))
         if rng.random() < 0.5:
             pieces[0] = (pieces[0][0].removeprefix(SYSTEM + " "), False)
     else:
@@ -284,10 +284,12 @@ def _dialogue_pieces(opening: str, turns: list[tuple[str, str]]) -> list[tuple[s
     return pieces
 
 
-def _typed_drawing(scene: Scene, rng: Random) -> str:
-    """Type a scene as a raster of digits and dots, a character a patch; some strokes are missing."""
-    places = _patch_places(scene.layout)
-    return "".join("." if at is None or rng.random() < 0.15 else str(scene.digits[at]) for at in places)
+def _glances(scene: Scene, rng: Random) -> str:
+    """Describe a scene by ten glances in no order, as a picture's patches tell of the same digit several times."""
+    spots = list(range(len(scene.digits)))
+    seen = spots + rng.choices(spots, k=10 - len(spots))
+    rng.shuffle(seen)
+    return "".join(f" {scene.layout.places[at]} {scene.digits[at]}" for at in seen)
 
 
 def _train_tokenizer(rng: Random) -> PreTrainedTokenizerFast:

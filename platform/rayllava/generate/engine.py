@@ -57,7 +57,7 @@ class Engine:
         if any(answer.id == request.id for answer in (*self._waiting, *self._running)):
             raise ValueError(f"request {request.id} is being answered already; give each its own id")
         prompt = self.processor.encode(Sample(request.id, request.turns, request.images), open_turn=True)
-        if len(prompt.ids) >= self.context or prompt.cut:
+        if len(prompt.ids) >= self.context:
             raise ValueError(
                 f"request {request.id} has {len(prompt.ids)} tokens and the model's context {self.context}; shorten it"
             )

@@ -67,10 +67,10 @@ class LossModel(nn.Module):
 
 
 def tensors(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """Return the forward's arguments on a device."""
+    """Return the forward's arguments on a device. They are copies: what came through Arrow is read-only."""
     return {
-        "ids": torch.from_numpy(batch.ids).to(device, torch.int64),
-        "labels": torch.from_numpy(batch.labels).to(device, torch.int64),
-        "lengths": torch.from_numpy(batch.lengths).to(device, torch.int64),
-        "pixels": torch.from_numpy(batch.pixels).to(device),
+        "ids": torch.tensor(batch.ids, dtype=torch.int64, device=device),
+        "labels": torch.tensor(batch.labels, dtype=torch.int64, device=device),
+        "lengths": torch.tensor(batch.lengths, dtype=torch.int64, device=device),
+        "pixels": torch.tensor(batch.pixels, device=device),
     }

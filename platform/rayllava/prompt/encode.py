@@ -74,7 +74,8 @@ class Processor:
         ids = np.array([p.id for p in kept], dtype=np.int32)
         spoken = np.array([p.part in ("answer", "stop") for p in kept], dtype=bool)
         if not open_turn and not spoken.any():
-            raise SampleError("it has no answer to learn from")
+            inside = f" within max_length={self.spec.max_length}" if cut else ""
+            raise SampleError(f"it has no answer to learn from{inside}")
         num_images = int((ids == self.spec.image_token_id).sum()) // self.spec.num_image_tokens
         return Example(
             id=sample.id,

@@ -7,15 +7,18 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from io import BytesIO
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """What is recognised. Pillow would also start a PostScript interpreter if it were asked to."""
+
+Image.init()  # Pillow loads most of its formats only when told to
 
 MAX_PIXELS = 1 << 27
 """Default limit of `decode`."""
@@ -30,16 +33,15 @@ def decode(content: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
-            if max(width, height) ** 2 > max_pixels:
-                side = math.isqrt(max_pixels)
-                raise ValueError(f"{width} x {height} pixels; {side} a side is the most")
-            image.load()
-            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+            if max(width, height) ** 2 <= max_pixels:
+                image.load()
+                return np.asarray(_upright(_rgb(image), image))
     except MemoryError:
         raise
     except Exception as error:  # the fence around one sample: Pillow's plugins raise whatever they stumble over
         reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise ValueError(f"not an image: {reason or type(error).__name__}") from error
+    raise ValueError(f"{width} x {height} pixels; {math.isqrt(max_pixels)} a side is the most")
 
 
 def square(
@@ -70,6 +72,26 @@ def _padded(picture: Image.Image, *, colour: tuple[int, int, int]) -> Image.Imag
     canvas = Image.new("RGB", (side, side), colour)
     canvas.paste(picture, ((side - width) // 2, (side - height) // 2))
     return canvas
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(picture: Image.Image, source: Image.Image) -> Image.Image:
+    try:
+        orientation = source.getexif().get(ExifTags.Base.Orientation)
+    except (SyntaxError, ValueError, TypeError, struct.error, OSError):
+        return picture  # a broken EXIF block does not make a picture unusable
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import ray.train
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rayllava import durable
+from rayllava import durable, versions
 from rayllava import log as log_
 from rayllava.checkpoint import store
 from rayllava.checkpoint.resolve import local_parts
@@ -35,7 +34,6 @@ log = logging.getLogger(__name__)
 _FREE_TO_CHANGE = ("scale", "save", "fresh", "name")
 """Parts of a recipe that a continued run may state differently: they do not change what is computed."""
 
-_PACKAGES = ("rayllava", "torch", "ray", "transformers", "deepspeed")
 
 
 def prepare(recipe: Recipe) -> RunManifest:
@@ -69,7 +67,7 @@ def prepare(recipe: Recipe) -> RunManifest:
         shards_digest=shards.digest,
         num_steps=plan.num_steps,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        versions={name: version(name) for name in _PACKAGES},
+        versions=versions(),
     )
     store.write_run(run_dir, manifest)
     return manifest
