@@ -18,7 +18,7 @@ import mimetypes
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -121,7 +121,7 @@ def _endpoint(url: str, image_path: str, spec: ChatSpec) -> Ask:
             if IMAGE_MARK in turn.text:
                 parts.insert(0, {"type": "image_url", "image_url": {"url": address}})
             messages.append({"role": turn.role, "content": parts if turn.role == "user" else text})
-        stream = client.chat.completions.create(
+        stream: Any = client.chat.completions.create(
             model=model,
             messages=messages,  # type: ignore[arg-type]
             max_tokens=spec.max_new_tokens,

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from rayllava.fetch.address import read_image
 from rayllava.fetch.images import Rules
 from rayllava.records import IMAGE_MARK, Request, Role, Turn
-from serving.protocol import ApiError, Chat, no_such_model
+from serving.protocol import ApiError, Chat, no_such_model, refusal
 
 MAX_MESSAGES = 512
 MAX_CHARS = 1 << 20
@@ -170,12 +170,8 @@ def _same(value: Any, neutral: Any) -> bool:
 def _first(error: ValidationError) -> ApiError:
     """Return the error of the first wrong field, without what it held: that may be a picture."""
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    tags = ("text", "image_url")
-    path: list[str] = []
-    for key in first["loc"]:
-        # Behind the number of a part stands the tag that chose its type; it is no field.
-        if not (key in tags and len(path) == 4):
-            path.append(str(key))
+    # Behind the number of a part stands the tag that chose its type; it is no field.
+    path = [str(key) for at, key in enumerate(first["loc"]) if not (at == 4 and key in ("text", "image_url"))]
     param = ".".join(path)
     reason = "is missing" if first["type"] == "missing" else f"is wrong: {first['msg'].lower()}"
     if first["type"] == "union_tag_invalid":
@@ -186,52 +182,39 @@ def _first(error: ValidationError) -> ApiError:
 
 
 def _dialogue(messages: list[_Message], rules: Rules) -> tuple[tuple[Turn, ...], tuple[bytes, ...]]:
-    """Return the turns, which begin with the system's, alternate and end with the user's, and their pictures.
-
-    Messages of one role that follow each other become one turn.
-    """
-    turns: list[tuple[Role, int, list[str]]] = []
+    """Return a turn for each message, its pictures marked in front of its text, and all pictures."""
+    turns: list[Turn] = []
     images: list[bytes] = []
     num_chars = 0
     for at, message in enumerate(messages):
         role: Role = "system" if message.role == "developer" else message.role
-        if not turns or turns[-1][0] != role:
-            if role == "system" and turns:
-                raise ApiError("a system message must come first", param=f"messages.{at}.role")
-            if role == "assistant" and not any(turn[0] == "user" for turn in turns):
-                raise ApiError("the user must speak before the assistant", param=f"messages.{at}.role")
-            turns.append((role, 0, []))
-        _, num_images, texts = turns[-1]
+        if role == "system" and any(turn.role != "system" for turn in turns):
+            raise ApiError("a system message must come first", param=f"messages.{at}.role")
+        if role == "assistant" and (not turns or turns[-1].role != "user"):
+            raise ApiError("the assistant can only answer the user", param=f"messages.{at}.role")
+        texts, marks = [], ""
         for part_at, part in enumerate(message.content):
             param = f"messages.{at}.content.{part_at}"
             if isinstance(part, _Text):
                 num_chars += len(part.text)
-                texts.append(_plain(part.text, f"{param}.text"))
+                texts.append(part.text.replace(IMAGE_MARK, "< image>"))  # only our own mark is a picture
                 continue
             if role != "user":
                 raise ApiError("only the user can show images", param=param)
             if len(images) == rules.max_images:
                 raise ApiError(f"more than {rules.max_images} images in one request; send fewer", param=param)
-            try:
-                images.append(read_image(part.image_url.url, rules))
-            except ValueError as error:
-                raise ApiError(str(error), param=f"{param}.image_url.url", code="invalid_image") from error
-            num_images += 1
-        turns[-1] = (role, num_images, texts)
-    if turns[-1][0] != "user":
+            images.append(_image(part.image_url.url, rules, f"{param}.image_url.url"))
+            marks += f"{IMAGE_MARK}\n"
+        turns.append(Turn(role, marks + "\n".join(texts)))
+    if turns[-1].role != "user":
         raise ApiError("the last message must be the user's", param="messages")
     if num_chars > MAX_CHARS:
-        raise ApiError(
-            f"the messages hold {num_chars} characters, more than any context here; shorten them",
-            param="messages",
-            code="context_length_exceeded",
-        )
-    marked = (Turn(role, f"{IMAGE_MARK}\n" * num + "\n".join(texts)) for role, num, texts in turns)
-    return tuple(marked), tuple(images)
+        raise refusal(f"the messages hold {num_chars} characters, more than any context here; shorten them")
+    return tuple(turns), tuple(images)
 
 
-def _plain(text: str, param: str) -> str:
-    """Return text that cannot stand for a picture; other control tokens are `prompt.encode`'s to disarm."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ApiError("half of a surrogate pair is no text", param=param)
-    return text.replace(IMAGE_MARK, "< image>")
+def _image(url: str, rules: Rules, param: str) -> bytes:
+    try:
+        return read_image(url, rules)
+    except ValueError as error:
+        raise ApiError(str(error), param=param, code="invalid_image") from error

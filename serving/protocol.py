@@ -54,12 +54,10 @@ def no_such_model(name: str) -> ApiError:
 
 
 def refusal(reason: str) -> ApiError:
-    """Return the error for what the engine refused when the request was submitted."""
-    # The engine has one reason for length and says `context` in it.
-    too_long = "context" in reason
-    return ApiError(
-        reason, param="messages" if too_long else None, code="context_length_exceeded" if too_long else None
-    )
+    """Return the error for a request that cannot be answered, whatever of it is wrong."""
+    # The prompt path has no class of its own for length; these are its words.
+    too_long = "max_length" in reason or "context" in reason
+    return ApiError(reason, param="messages", code="context_length_exceeded" if too_long else None)
 
 
 def completion(chat: Chat, deltas: Iterable[Delta], *, fingerprint: str) -> dict[str, Any]:
@@ -101,9 +99,8 @@ class Chunks:
     def start(self) -> str:
         return self._event({"role": "assistant", "content": ""})
 
-    def text(self, delta: Delta) -> str:
-        """Return the event of a piece of text, nothing for a piece without any."""
-        return self._event({"content": delta.text}) if delta.text else ""
+    def text(self, text: str) -> str:
+        return self._event({"content": text})
 
     def end(self, last: Delta) -> str:
         """Return the last events of a whole answer."""

@@ -106,7 +106,8 @@ def train(doc: str | None, argv: list[str]) -> None:
     from rayllava.train import launch
 
     manifest = launch.prepare(recipe)
-    with connect(words.address, num_cpus=recipe.scale.max_workers + recipe.scale.decoders + 1):
+    num_cpus = recipe.scale.max_workers + recipe.scale.decoders + 1
+    with contextlib.nullcontext() if manifest.finished else connect(words.address, num_cpus=num_cpus):
         launch.train(manifest)
 
 
@@ -131,7 +132,8 @@ def connect(address: str, *, num_cpus: int = 2) -> Iterator[None]:
     if local:
         temp_dir = tempfile.mkdtemp(prefix="rayllava-")  # short: unix socket paths end at 107 characters
         options |= {"num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": temp_dir}
-        options |= {"runtime_env": {"env_vars": {"PYTHONPATH": _python_path()}}}
+        env = {"PYTHONPATH": _python_path(), "TRANSFORMERS_VERBOSITY": "error"}
+        options |= {"runtime_env": {"env_vars": env, "worker_process_setup_hook": "rayllava.log.quiet_workers"}}
     ray.init(**options)
     try:
         yield

@@ -15,3 +15,12 @@ def start(*, rank: int = 0) -> None:
     root.handlers = [handler]
     root.setLevel(level)
     root.propagate = False
+
+
+def quiet_workers() -> None:
+    """Keep Ray's and DeepSpeed's running commentary out of a local run; for Ray's worker_process_setup_hook."""
+    for name in ("ray.train", "ray.data", "ray.serve", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Asks a dashboard, which a local run does not start, and says so every second.
+    cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+    logging.getLogger(cleaner).setLevel(logging.ERROR)

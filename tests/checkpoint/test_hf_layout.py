@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.generate.llava import tiny_llava
-from tests.tiny import make_parts, processor_spec
 
-from rayllava.checkpoint.layouts import LAYOUTS, StoredModel, detect, hf
+from rayllava.checkpoint.layouts import LAYOUTS, StoredModel, _hf_chat, detect, hf
 from rayllava.checkpoint.manifest import ModelManifest, export_dir, read_model_manifest
 from rayllava.model.restore import restore
+from rayllava.prompt.chat import TEMPLATES, Round
+from tests.generate.llava import tiny_llava
+from tests.tiny import make_parts, processor_spec
 
 ASSETS = Path(__file__).parents[1] / "assets"
 HF = LAYOUTS["hf"]
@@ -99,9 +100,7 @@ def test_a_large_model_is_sharded_with_an_index(tmp_path: Path, tokenizer_dir: P
     from transformers import LlavaForConditionalGeneration
 
     made = tiny_llava()
-    manifest = hf.write(
-        tmp_path / "export", StoredModel.of(made, tokenizer_dir), MANIFEST, max_shard_bytes=200_000
-    )
+    manifest = hf.write(tmp_path / "export", StoredModel.of(made, tokenizer_dir), MANIFEST, max_shard_bytes=200_000)
     index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in made.state_dict().values())
     assert set(index["weight_map"].values()) == set(manifest.files) and len(manifest.files) > 2
@@ -152,6 +151,27 @@ def test_a_published_folder_describes_its_prompt_path() -> None:
     spec = HF.describe(folder, HF.read(folder), template="vicuna_v1")
     assert (spec.image_size, spec.num_image_tokens, spec.aspect) == (56, 16, "crop")
     assert (spec.image_token_id, spec.pad_token_id, spec.bos_token_id, spec.stop_token_ids) == (512, 513, 1, (2,))
+
+
+@pytest.mark.parametrize("name", _hf_chat.TEMPLATES)
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_the_jinja_says_what_our_template_says(name: str, system: str | None) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rounds = [Round('<image>\nWhat\'s "this"?', "A cat."), Round("Sure?", None)]
+    spans = [span for spans in TEMPLATES[name].render(rounds, system=system) for span in spans]
+    said = {"image": "<image>", "bos": "<s>", "eos": "</s>"}
+    want = "".join(said.get(span.kind, span.text) for span in spans)
+    parts = [{"type": "image"}, {"type": "text", "text": 'What\'s "this"?'}]
+    dialogue = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "Sure?"},
+    ]
+    dialogue = [{"role": "system", "content": system}, *dialogue] if system else dialogue
+    jinja = _hf_chat.chat_template(name, bos_token="<s>" if TEMPLATES[name].bos == "once" else "")
+    got, _ = render_jinja_template([dialogue], chat_template=jinja, add_generation_prompt=True)
+    assert got == [want]
 
 
 def test_a_folder_without_manifest_is_named_with_the_cure(tmp_path: Path) -> None:

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.generate.llava import tiny_llava
-from tests.tiny import make_parts, processor_spec
 
 from rayllava.checkpoint.layouts import LAYOUTS, StoredModel
 from rayllava.checkpoint.manifest import ModelManifest
@@ -23,6 +21,8 @@ from rayllava.generate.load import load_engine
 from rayllava.model.normalise import normalise
 from rayllava.prompt.encode import Processor
 from rayllava.records import Delta, Request, Sample, Turn
+from tests.generate.llava import tiny_llava
+from tests.tiny import make_parts, processor_spec
 
 TOKENS: dict[str, list[int]] = {}
 """Tokens of every answer by request id."""
@@ -235,7 +235,7 @@ def test_what_cannot_be_asked_is_refused_at_the_door(engine: Engine) -> None:
     with pytest.raises(ValueError, match="not an image"):
         engine.submit(Request("bad", (Turn("user", "<image>\nhi"),), (b"no picture",)))
     engine.context = 10
-    with pytest.raises(ValueError, match="context 10"):
+    with pytest.raises(ValueError, match="positions of the model's 10"):
         engine.submit(ask("long"))
     engine.context = 512
     engine.submit(ask("twice"))
@@ -261,6 +261,12 @@ def test_equal_pictures_are_encoded_once(engine: Engine, monkeypatch: pytest.Mon
 def test_a_quantised_model_answers(folder: Path, quant: str) -> None:
     engine = load_engine(folder, quant=quant)
     assert {delta.id for delta in engine.generate(MIXED)} == {request.id for request in MIXED}
+
+
+def test_half_precision_answers_on_the_cpu_too(folder: Path) -> None:
+    engine = load_engine(folder, quant="nf4", dtype="bfloat16", threads=1)
+    assert engine.model.dtype == torch.bfloat16
+    assert list(engine.generate([ask("words", max_new_tokens=2)]))[-1].finish == "length"
 
 
 def test_what_is_no_model_is_named(folder: Path, tmp_path: Path) -> None:

@@ -51,14 +51,16 @@ class Seen:
     """(T, V) float32"""
 
 
-Side = Callable[[Prompt], Seen]
+Side = Callable[[Prompt, Seen | None], Seen]
+"""Reads a prompt. The second argument is what the other side saw, for a side that has no words of its own."""
 
 
 def compare_logits(a: Side, b: Side, prompts: Iterable[Prompt]) -> dict[str, dict[str, Any]]:
     """Return per prompt how far the two sides are apart; infinity where they read other tokens."""
     rows = {}
     for prompt in prompts:
-        one, two = a(prompt), b(prompt)
+        one = a(prompt, None)
+        two = b(prompt, one)
         same = torch.equal(one.ids, two.ids)
         rows[prompt.name] = {
             "num_tokens": one.ids.shape[1],
@@ -80,28 +82,34 @@ def our_side(stored: StoredModel, spec: ProcessorSpec) -> Side:
     """Return the side that reads with our code, in float32 on the CPU."""
     processor, model = Processor(spec, stored.tokenizer_dir), restore(stored, dtype=torch.float32)
 
-    def see(prompt: Prompt) -> Seen:
+    def see(prompt: Prompt, other: Seen | None) -> Seen:
         marks = (IMAGE_MARK + "\n") * len(prompt.images)
         sample = Sample(prompt.name, (Turn("user", marks + prompt.text),), prompt.images)
         example = processor.encode(sample, open_turn=True)
         ids = torch.from_numpy(example.ids).long().unsqueeze(0)  # (1, T)
-        pixels = torch.from_numpy(example.pixels)
-        pixels = normalise(pixels, spec, dtype=torch.float32) if len(pixels) else None
+        squares = torch.from_numpy(example.pixels)  # (N, 3, S, S)
+        pixels = normalise(squares, spec, dtype=torch.float32) if len(squares) else None
         return Seen(ids, pixels, _logits(model, ids, pixels))
 
     return see
 
 
 def plain_side(folder: Path) -> Side:
-    """Return the side that reads with transformers alone, in float32 on the CPU."""
+    """Return the side that reads with transformers alone, in float32 on the CPU.
+
+    Where the folder has no chat template it is given the other side's ids, and prepares the pictures only.
+    """
     from PIL import Image
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = LlavaProcessor.from_pretrained(folder, backend="pil")
+    processor: Any = LlavaProcessor.from_pretrained(folder, backend="pil")
 
-    def see(prompt: Prompt) -> Seen:
+    def see(prompt: Prompt, other: Seen | None) -> Seen:
         images = [Image.open(io.BytesIO(image)) for image in prompt.images]
+        if processor.chat_template is None and other is not None:
+            pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
+            return Seen(other.ids, pixels, _logits(model, other.ids, pixels))
         parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt.text}]
         words = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
         made = processor(text=words, images=images or None, return_tensors="pt")
@@ -139,7 +147,9 @@ def _digests(stored: StoredModel) -> dict[str, str]:
         if tied and name == "lm_head.weight":
             continue
         flat = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-        found[name] = hashlib.blake2b(flat, digest_size=16).hexdigest() + f" {tensor.dtype} {tuple(tensor.shape)}"
+        found[name] = (
+            hashlib.blake2b(flat.data, digest_size=16).hexdigest() + f" {tensor.dtype} {tuple(tensor.shape)}"
+        )
     return found
 
 

@@ -39,7 +39,7 @@ class Layout:
     """Fraction of the training pictures."""
 
 
-GRID = Layout(2, 2, ("top left", "top right", "bottom left", "bottom right"), 0.46)
+GRID = Layout(2, 2, ("top-left", "top-right", "bottom-left", "bottom-right"), 0.46)
 PAIR = Layout(1, 2, ("left", "right"), 0.19)
 TRIPLE = Layout(1, 3, ("left", "middle", "right"), 0.27)
 COLUMN = Layout(2, 1, ("top", "bottom"), 0.08)

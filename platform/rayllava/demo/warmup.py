@@ -227,7 +227,7 @@ def _warm_up_llm(
     losses: list[float] = []
     for step in range(1, num_steps + 1):
         ids, labels = _pad(
-            [_text(tokenizer, rng, notes=0.85 if step <= num_steps // 4 else 0.1) for _ in range(batch)]
+            [_text(tokenizer, rng, notes=0.85 if step <= num_steps // 2 else 0.1) for _ in range(batch)]
         )
         # Padding stands on the right and causal attention never looks there: no mask is needed.
         logits = llm(input_ids=ids).logits[:, :-1]
@@ -245,14 +245,14 @@ def _text(tokenizer: PreTrainedTokenizerFast, rng: Random, *, notes: float) -> t
     """One text of the domain as ids and labels: a drawing with its caption, or a dialogue about a drawing."""
     layout = rng.choices(LAYOUTS, [layout.share for layout in LAYOUTS])[0]
     scene = Scene(layout, tuple(rng.randrange(10) for _ in layout.places))
-    told = _glances(scene, rng)
+    drawing = _typed_drawing(scene, rng)
     kind = rng.random()
     if kind < 0.15:
-        pieces = [(told, False), (caption(scene) + "\n", True)]
+        pieces = [(drawing, False), (caption(scene) + "\n", True)]
     elif kind < 0.15 + notes:
-        pieces = [(told, False), *_notes(scene, rng)]
+        pieces = [(drawing, False), *_notes(scene, rng)]
     elif kind < 0.95:
-        pieces = _dialogue_pieces(told + "\n", dialogue(scene, rng))
+        pieces = _dialogue_pieces(drawing + "\n", dialogue(scene, rng))
         if rng.random() < 0.5:
             pieces[0] = (pieces[0][0].removeprefix(SYSTEM + " "), False)
     else:
@@ -284,12 +284,10 @@ def _dialogue_pieces(opening: str, turns: list[tuple[str, str]]) -> list[tuple[s
     return pieces
 
 
-def _glances(scene: Scene, rng: Random) -> str:
-    """Describe a scene by ten glances in no order, as a picture's patches tell of the same digit several times."""
-    spots = list(range(len(scene.digits)))
-    seen = spots + rng.choices(spots, k=10 - len(spots))
-    rng.shuffle(seen)
-    return "".join(f" {scene.layout.places[at]} {scene.digits[at]}" for at in seen)
+def _typed_drawing(scene: Scene, rng: Random) -> str:
+    """Type a scene as a raster of digits and dots, one for each patch of the tower; some strokes are missing."""
+    places = _patch_places(scene.layout)
+    return "".join(" ." if at is None or rng.random() < 0.15 else f" {scene.digits[at]}" for at in places)
 
 
 def _train_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
@@ -298,7 +296,7 @@ def _train_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
     Digits and full stops stay single, so that a typed drawing has a token a patch.
     """
     blanks = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
-    single = pre_tokenizers.Split(Regex(r"[0-9.,:?]"), "isolated")
+    single = pre_tokenizers.Split(Regex(r"▁?[0-9.]|[,?]"), "isolated")
     apart = pre_tokenizers.Sequence([blanks, single])
     draft = Tokenizer(models.BPE())
     draft.pre_tokenizer = apart
@@ -339,6 +337,7 @@ def _tokenizer_texts(rng: Random) -> Iterator[str]:
             for piece, _ in pieces:
                 yield from piece.replace("</s>", "").split("\n")
             yield caption(scene)
+            yield _typed_drawing(scene, rng)
 
 
 def _pad(texts: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ class Engine:
         prompt = self.processor.encode(Sample(request.id, request.turns, request.images), open_turn=True)
         if len(prompt.ids) >= self.context:
             raise ValueError(
-                f"request {request.id} has {len(prompt.ids)} tokens and the model's context {self.context}; shorten it"
+                f"request {request.id} takes {len(prompt.ids)} positions of the model's {self.context}; shorten it"
             )
         self._waiting.append(Answer(request, prompt, self.processor, context=self.context))
 
@@ -127,7 +127,7 @@ class Engine:
         """Return the projected features (P, D) of every picture; equal pictures are encoded once."""
         if not pictures:
             return []
-        digests = [hashlib.blake2b(np.ascontiguousarray(picture)).digest() for picture in pictures]
+        digests = [hashlib.blake2b(picture.tobytes()).digest() for picture in pictures]
         once = dict(zip(digests, pictures, strict=True))
         pixels = torch.from_numpy(np.stack(list(once.values()))).to(self.model.device)
         pixels = normalise(pixels, self.processor.spec, dtype=self.model.dtype)  # (N, 3, S, S)

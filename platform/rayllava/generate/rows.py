@@ -22,7 +22,7 @@ class Rows:
         """(B, T) int64, 1 where a position is real."""
         # Made without a config on purpose: a layer with a sliding window then keeps what is outside it too, so
         # that rows can be padded and joined; the mask hides it.
-        self.cache = DynamicCache()
+        self.cache: Any = DynamicCache()
 
     def prefill(self, model: Any, ids: Tensor, images: list[Tensor]) -> Tensor:
         """Read the prompts and return the logits of the first answer token, (B, V).
@@ -31,7 +31,8 @@ class Rows:
         """
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        seen = {"image": BaseModelOutputWithPooling(pooler_output=images)} if images else None
+        features: Any = images  # one (P, D) a picture, where the type says one tensor
+        seen = {"image": BaseModelOutputWithPooling(pooler_output=features)} if images else None
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
         return self._forward(model, ids, positions, mm_encoder_outputs=seen)
 

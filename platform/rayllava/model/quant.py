@@ -45,9 +45,11 @@ def check_quant(kind: str) -> None:
 
 
 def _nf4(layer: nn.Linear, device: torch.device | str) -> nn.Module:
-    import bitsandbytes as bnb
+    import bitsandbytes
 
-    made = bnb.nn.Linear4bit(
+    bnb: Any = bitsandbytes.nn
+
+    made = bnb.Linear4bit(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -56,18 +58,20 @@ def _nf4(layer: nn.Linear, device: torch.device | str) -> nn.Module:
         compress_statistics=True,
         device="meta",
     )
-    made.weight = bnb.nn.Params4bit(
+    made.weight = bnb.Params4bit(
         layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
     )
     return _packed(made, layer, device)
 
 
 def _int8(layer: nn.Linear, device: torch.device | str) -> nn.Module:
-    import bitsandbytes as bnb
+    import bitsandbytes
+
+    bnb: Any = bitsandbytes.nn
 
     # It warns at its first call that it casts to float16, which is what it is for.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    made = bnb.nn.Linear8bitLt(
+    made = bnb.Linear8bitLt(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -75,7 +79,7 @@ def _int8(layer: nn.Linear, device: torch.device | str) -> nn.Module:
         threshold=6.0,
         device="meta",
     )
-    made.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    made.weight = bnb.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
     return _packed(made, layer, device)
 
 

@@ -18,7 +18,8 @@ def restore(stored: StoredModel, *, dtype: torch.dtype) -> Any:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    model, report = LlavaForConditionalGeneration.from_pretrained(
+    loader: Any = LlavaForConditionalGeneration
+    model, report = loader.from_pretrained(
         None,
         config=stored.config,
         state_dict=dict(stored.cast(dtype).tensors()),

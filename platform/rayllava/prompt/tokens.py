@@ -138,7 +138,7 @@ def _respelled(content: dict[str, Any], controls: dict[int, str], spelling: dict
     if model.get("unk_token") in new:
         model["unk_token"] = new[model["unk_token"]]
     if "merges" in model:
-        model["merges"] = [m for m in model["merges"] if _merged(m) not in new]
+        model["merges"] = [m for m in map(_pair, model["merges"]) if not {m[0], m[1], "".join(m)} & new.keys()]
     known = model["vocab"] if isinstance(vocab, dict) else {text for text, _ in vocab}
     added = [
         {**token, "content": new.get(token["content"], token["content"])}
@@ -156,5 +156,5 @@ def _respelled(content: dict[str, Any], controls: dict[int, str], spelling: dict
     }
 
 
-def _merged(merge: str | list[str]) -> str:
-    return merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
+def _pair(merge: str | list[str]) -> list[str]:
+    return merge.split(" ") if isinstance(merge, str) else merge

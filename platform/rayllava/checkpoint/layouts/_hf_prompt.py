@@ -122,14 +122,11 @@ def _preprocessor(spec: ProcessorSpec) -> dict[str, Any]:
 
 def _write_tokenizer(source: Path, folder: Path, spec: ProcessorSpec) -> str:
     """Write the tokenizer with the spec's special tokens and return the content of the image token."""
-    if (source / "tokenizer.json").is_file():
-        for name in _TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-    else:
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    if not (source / "tokenizer.json").is_file():
+        raise ValueError(f"{source} holds no tokenizer.json; rayllava.prompt.assemble writes one")
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
     added = _add_tokens(folder / "tokenizer.json", {spec.image_token_id: "<image>", spec.pad_token_id: "<pad>"})
     config = _read_json(folder / "tokenizer_config.json") or {}
     # What transformers 5 writes here, transformers 4 cannot read.
@@ -159,9 +156,9 @@ def _add_tokens(path: Path, wanted: dict[int, str]) -> dict[int, str]:
     tokenizer["added_tokens"].sort(key=lambda token: token["id"])
     durable.write_text(path, json.dumps(tokenizer, ensure_ascii=False, indent=1))
     made = Tokenizer.from_file(str(path))
-    contents = {number: made.id_to_token(number) for number in wanted}
+    contents = {number: made.id_to_token(number) or "" for number in wanted}
     for number, got in contents.items():
-        if got is None:
+        if not got:
             raise ValueError(f"the tokenizer has no place for {wanted[number]} at id {number}")
     return contents
 
@@ -177,7 +174,7 @@ def _bos_to_write(folder: Path, spec: ProcessorSpec) -> str:
 
     if spec.bos_token_id is None:
         return ""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     adds = tokenizer("a")["input_ids"][0] == spec.bos_token_id
     return "" if adds else tokenizer.convert_ids_to_tokens(spec.bos_token_id)
 

@@ -68,7 +68,7 @@ def read(folder: Path) -> StoredModel:
                 raise ValueError(f"{folder} holds {to} twice: as {places[to][1]} and as {name}")
             if to:
                 places[to] = (path, name)
-    config = LlavaConfig.from_pretrained(folder)
+    config: Any = LlavaConfig.from_pretrained(folder)
     embed = "model.language_model.embed_tokens.weight"
     if embed not in places:
         raise ValueError(f"{folder} holds no embedding table ({embed} in any spelling); it is no whole LLaVA")
