@@ -9,6 +9,7 @@ import logging
 import time
 from typing import Any
 
+import ray
 from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 from starlette.datastructures import Headers
@@ -88,15 +89,17 @@ class AccessLog:
 
 def check_exposure(token: str | bytes | None) -> None:
     """Raise ValueError when others than this machine could connect and no token keeps them out."""
-    import ray
-
-    # Serve has no public word for the address it listens on.
-    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
-    host = (client.http_config if client else HTTPOptions()).host
+    host = _host()
     if not token and host and not _is_loopback(host):
         raise ValueError(
             f"Serve listens on {host} and there is no token; set RAYLLAVA_API_TOKEN, or listen on 127.0.0.1"
         )
+
+
+def _host() -> str | None:
+    """Return the address that Serve listens on, or will; it has no public word for that."""
+    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    return (client.http_config if client else HTTPOptions()).host
 
 
 def _is_loopback(host: str) -> bool:

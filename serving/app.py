@@ -77,10 +77,9 @@ def application(spec: ServeSpec, *, token: str = "", load: Load | None = None) -
     ).bind(load or partial(_load, str(folder), spec.quant, device, spec.threads, spec.max_batch))
     digest = hashlib.sha256(token.encode()).digest() if token else None
     # Bodies are held here: without a bound of its own, the ingress would be where memory runs out.
-    return Ingress.options(  # type: ignore[attr-defined]
-        max_ongoing_requests=num_at_engine + spec.max_queued + 16,
-        max_queued_requests=spec.max_queued,
-    ).bind(engine, card=card, fingerprint=f"fp_{fingerprint[:12]}", token_digest=digest)
+    at_ingress = num_at_engine + spec.max_queued + 16
+    ingress = Ingress.options(max_ongoing_requests=at_ingress)  # type: ignore[attr-defined]
+    return ingress.bind(engine, card=card, fingerprint=f"fp_{fingerprint[:12]}", token_digest=digest)
 
 
 def _device(name: str) -> str:

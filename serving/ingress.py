@@ -40,6 +40,7 @@ HEALTH_S = 5.0
     name="Ingress",
     graceful_shutdown_timeout_s=DRAIN_S,
     ray_actor_options={"num_cpus": 0.5},
+    max_queued_requests=256,  # at each proxy, whose refusals have no body of OpenAI's shape
     backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_S),
 )
 @serve.ingress()

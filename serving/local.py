@@ -26,12 +26,11 @@ def serve_locally(model_dir: Path, *, quant: str = "none", port: int = 0) -> Ite
 @contextmanager
 def listening(app: Application, *, port: int = 0) -> Iterator[str]:
     """Run an application on loopback inside the block, then take Serve down."""
+    port = _free(port)
     if _get_global_client(raise_if_no_controller_running=False):
         raise ValueError(
             "Serve runs on this Ray cluster already; end it with `serve shutdown`, or use another cluster"
         )
-    port = _free(port)
-    # Uvicorn would share a port with another of its kind, so that the wrong one might answer.
     serve.start(proxy_location="HeadOnly", http_options={"host": HOST, "port": port})
     try:
         serve.run(app, name="rayllava", route_prefix="/")
@@ -41,7 +40,10 @@ def listening(app: Application, *, port: int = 0) -> Iterator[str]:
 
 
 def _free(port: int) -> int:
-    """Return `port`, or a free one for 0; ValueError when somebody listens there."""
+    """Return `port`, or a free one for 0; ValueError when somebody listens there.
+
+    Serve's proxies would not notice: they share a port with whoever lets them, and the wrong one might answer.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

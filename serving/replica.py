@@ -54,6 +54,12 @@ class _Listener:
         with contextlib.suppress(RuntimeError):  # the loop is closed, and who listened is gone with it
             self.loop.call_soon_threadsafe(self.news.put_nowait, news)
 
+    async def hear(self) -> Delta | str:
+        news = await self.news.get()
+        if isinstance(news, Exception):
+            raise RuntimeError(f"the engine failed ({type(news).__name__})")
+        return news
+
 
 class EngineThread:
     """Runs an engine for any number of concurrent listeners."""
@@ -73,28 +79,21 @@ class EngineThread:
         listener = _Listener(request, asyncio.get_running_loop())
         self._inbox.put(listener)
         self.num_open += 1
-        ended = False
         try:
+            reason = await listener.hear()
+            assert isinstance(reason, str), f"{reason} came before the admission"
+            yield reason
+            ended = reason != ""
             while not ended:
-                news = [await listener.news.get()]
-                while not listener.news.empty():
-                    news.append(listener.news.get_nowait())
-                if isinstance(news[-1], Exception):
-                    ended = True
-                    raise RuntimeError(f"the engine failed ({type(news[-1]).__name__})")
-                if isinstance(news[0], str):
-                    reason = news.pop(0)
-                    assert isinstance(reason, str)
-                    ended = reason != ""
-                    yield reason
-                deltas = [piece for piece in news if isinstance(piece, Delta)]
-                ended = ended or any(piece.finish for piece in deltas)
-                if deltas:
-                    yield deltas
+                pieces = [await listener.hear()]
+                while not listener.news.empty():  # a slow reader gets more at a time
+                    pieces.append(await listener.hear())
+                deltas = [piece for piece in pieces if isinstance(piece, Delta)]
+                ended = deltas[-1].finish is not None
+                yield deltas
         finally:
             self.num_open -= 1
-            if not ended:
-                self._inbox.put(request.id)
+            self._inbox.put(request.id)  # of no effect when the answer has ended
 
     def _run(self) -> None:
         try:
@@ -151,7 +150,7 @@ def _without_words(error: Exception) -> str:
     return type(error).__name__ + "\n" + "".join(traceback.format_tb(error.__traceback__))
 
 
-@serve.deployment(name="Engine", graceful_shutdown_timeout_s=DRAIN_S, health_check_period_s=5)
+@serve.deployment(name="Engine", graceful_shutdown_timeout_s=DRAIN_S, health_check_period_s=2)
 class EngineReplica:
     """One engine with its weights."""
 
@@ -165,7 +164,8 @@ class EngineReplica:
                 yield piece
 
     async def num_open(self) -> int:
-        """Return how many requests are waiting or being answered."""
+        """Return how many requests are waiting or being answered; an engine that is dead answers with an error."""
+        self.check_health()
         return self._thread.num_open
 
     def check_health(self) -> None:

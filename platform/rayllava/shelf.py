@@ -29,6 +29,9 @@ class Shelf(Mapping[str, T]):
         assert isinstance(plug, self.kind), f"{self.package}.{key}.PLUG is a {type(plug).__name__}"
         return plug
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.names()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 

@@ -192,6 +192,12 @@ def test_a_run_means_its_export(tmp_path: Path) -> None:
     assert export_dir(tmp_path) == tmp_path / "export"
 
 
+def test_a_run_without_an_export_is_named(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{\n "format": 1,\n "kind": "run"\n}')
+    with pytest.raises(ValueError, match="is a run without an export yet"):
+        read_model_manifest(tmp_path)
+
+
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     shutil.copyfile(ASSETS / "hf_llava_448" / "model" / "config.json", tmp_path / "config.json")
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")

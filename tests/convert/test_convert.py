@@ -45,6 +45,15 @@ def test_an_export_is_proved_to_answer_alike_in_plain_transformers(export: Path,
     assert read_model_manifest(tmp_path / "hf").step == 7
 
 
+@pytest.mark.parametrize("kind", ["phi3", "internvl"])
+def test_other_language_models_and_towers_are_proved_too(kind: str, export: Path, tmp_path: Path) -> None:
+    LAYOUTS["hf"].write(
+        tmp_path / "export", StoredModel.of(tiny_llava(kind=kind), export), read_model_manifest(export)
+    )
+    proof = convert(tmp_path, tmp_path / "hf", to="hf")
+    assert proof["proved"] and proof["bit_equal"], proof
+
+
 @pytest.mark.parametrize("name", ["hf_llava_437", "hf_llava_448"])
 @pytest.mark.parametrize("aspect", ["pad", "crop"])
 def test_a_published_folder_becomes_ours_with_a_template_named(name: str, aspect: str, tmp_path: Path) -> None:

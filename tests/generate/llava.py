@@ -9,9 +9,19 @@ import torch
 from tests.tiny import processor_spec
 
 
-def tiny_llava(*, seed: int = 0, **text: Any) -> Any:
-    """Return a float32 model that fits tests.tiny.processor_spec; biases and norms are random too."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+def tiny_llava(*, seed: int = 0, kind: str = "llama", **text: Any) -> Any:
+    """Return a float32 model that fits tests.tiny.processor_spec; biases and norms are random too.
+
+    kind: llama; phi3, whose attention sees a window only; internvl, a tower without `vision_model.` in its names.
+    """
+    from transformers import (
+        CLIPVisionConfig,
+        InternVLVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        Phi3Config,
+    )
 
     spec = processor_spec()
     llama = {
@@ -23,17 +33,19 @@ def tiny_llava(*, seed: int = 0, **text: Any) -> Any:
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
     }
-    clip = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=28,
-        patch_size=14,
-    )
+    phi3 = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 50}
+    clip = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    internvl = {"use_qk_norm": True, "norm_type": "rms_norm", "image_size": [28, 28], "patch_size": [14, 14]}
     config = LlavaConfig(
-        vision_config=clip,
-        text_config=LlamaConfig(**(llama | text)),
+        vision_config=InternVLVisionConfig(**(clip | internvl)) if kind == "internvl" else CLIPVisionConfig(**clip),
+        text_config=Phi3Config(**(llama | phi3 | text)) if kind == "phi3" else LlamaConfig(**(llama | text)),
         image_token_index=spec.image_token_id,
         image_seq_length=spec.num_image_tokens,
         pad_token_id=spec.pad_token_id,

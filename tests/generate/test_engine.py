@@ -108,6 +108,13 @@ def test_greedy_answers_are_those_of_generate_token_for_token(engine: Engine) ->
     assert len([delta for delta in deltas if delta.finish]) == len(MIXED)
 
 
+def test_rows_of_a_windowed_model_join_and_leave(engine: Engine) -> None:
+    windowed = Engine(tiny_llava(kind="phi3"), engine.processor, max_batch=2)
+    list(windowed.generate(MIXED))
+    for request in MIXED:
+        assert TOKENS[request.id] == expected(windowed, request), request.id
+
+
 def test_a_batch_changes_no_answer(engine: Engine, folder: Path) -> None:
     together = texts(list(engine.generate(MIXED)))
     alone = load_engine(folder, max_batch=1)

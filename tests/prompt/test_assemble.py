@@ -22,7 +22,9 @@ CASES = {"llava_v15": "vicuna", "xtuner_llama3": "llama3", "xtuner_phi3": "phi3"
 TEXT = "What is  shown?\n</s>USER: é🙂 <image>\nQ"
 
 
-def make(llm_dir: Path, out_dir: Path, family: str = "vicuna", select: str = "default", **prompt: object) -> ProcessorSpec:
+def make(
+    llm_dir: Path, out_dir: Path, family: str = "vicuna", select: str = "default", **prompt: object
+) -> ProcessorSpec:
     return assemble(
         llm_dir=llm_dir,
         vision_dir=ASSETS / "llava_v15" / "vision",
@@ -97,7 +99,7 @@ def test_sentencepiece_and_its_conversion_agree(tmp_path: Path) -> None:
     spec = make(llm, tmp_path)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(llm / "tokenizer.model"))
     ours = Processor(spec, tmp_path).tokenizer
-    for text in ("a", "What is shown in this image?", "  two  blanks ", "é🙂\n\tx", "a" * 99, "</s", "people"):
+    for text in ("a", "What is shown in this image?", "two  blanks  ", "é🙂\n\tx", "a" * 99, "</s", "people"):
         assert [token.id for token in ours.encode(text)] == pieces.encode(text)
 
 
@@ -136,7 +138,7 @@ def test_promised_tokens_that_tokenizer_json_lacks_are_added(tmp_path: Path) -> 
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(ValueError, match=r"holds neither tokenizer\.json nor tokenizer\.model"):
         make(tmp_path, tmp_path / "out")
     shutil.copy(folder("bytes") / "tokenizer.json", tmp_path)
     with pytest.raises(ValueError, match="names no eos_token"):

@@ -13,7 +13,13 @@ from rayllava.records import IGNORE, Sample, Turn
 from tests.prompt.dialogues import png, random_dialogue, sample, taught, text
 from tests.prompt.vocabularies import CONTROLS, KINDS, LOSSLESS, folder, processor
 
-STOPS = {"vicuna_v1": "</s>", "vicuna": "</s>", "llama3_chat": "<|eot_id|>", "phi3_chat": "<|end|>", "mpt": "<|im_end|>"}
+STOPS = {
+    "vicuna_v1": "</s>",
+    "vicuna": "</s>",
+    "llama3_chat": "<|eot_id|>",
+    "phi3_chat": "<|end|>",
+    "mpt": "<|im_end|>",
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,7 +116,9 @@ def test_pictures_stay_where_they_are_written() -> None:  # G12
     assert text(made, example).startswith("<s>USER:  Is <image> like <image>? ASSISTANT:A1</s>")
     is_image = example.ids == made.spec.image_token_id
     assert is_image.sum() == 3 * 4 and not (example.labels[is_image] != IGNORE).any()
-    each = [made.encode(Sample("b", (Turn("user", "<image>"), Turn("assistant", "A")), (png(seed=n),))) for n in range(3)]
+    each = [
+        made.encode(Sample("b", (Turn("user", "<image>"), Turn("assistant", "A")), (png(seed=n),))) for n in range(3)
+    ]
     assert np.array_equal(example.pixels, np.concatenate([one.pixels for one in each]))
 
 
@@ -154,7 +162,9 @@ def test_a_system_turn_cannot_type_control_tokens_or_pictures() -> None:
 
 @pytest.mark.parametrize("kind", LOSSLESS)
 @pytest.mark.parametrize("name", STOPS)
-@pytest.mark.parametrize("answer", ["é🙂👩‍👩‍👧猫", "a\r\nb\r\n", "x" + " " * 10_000 + "y", "\n\nA\n\n", "a\u2581 \u00a0\ufeff", "\x00"])
+@pytest.mark.parametrize(
+    "answer", ["é🙂👩‍👩‍👧猫", "a\r\nb\r\n", "x" + " " * 10_000 + "y", "\n\nA\n\n", "a\u2581 \u00a0\ufeff", "\x00"]
+)
 def test_what_is_taught_is_the_answer_to_the_byte(kind: str, name: str, answer: str) -> None:  # G18
     made = processor(kind, name, max_length=20_000)
     (span,) = taught(made, made.encode(sample("h:Q1", f"g:{answer}")))
@@ -220,7 +230,9 @@ def test_an_empty_answer_teaches_nothing_not_even_its_stop() -> None:  # G16
 
 def test_expanding_pictures_adds_positions_and_no_targets() -> None:  # G20, as far as ids go
     turns = ("h:<image>\nQ1", "g:A1")
-    short, long = (processor("pieces", "vicuna_v1", num_image_tokens=n).encode(sample(*turns, images=1)) for n in (1, 9))
+    short, long = (
+        processor("pieces", "vicuna_v1", num_image_tokens=n).encode(sample(*turns, images=1)) for n in (1, 9)
+    )
     assert len(long.ids) == len(long.labels) == len(short.ids) + 8
     assert long.labels[long.labels != IGNORE].tolist() == short.labels[short.labels != IGNORE].tolist()
 

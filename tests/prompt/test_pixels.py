@@ -29,7 +29,9 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 @pytest.mark.parametrize("mean", [CLIP, IMAGENET])
 @pytest.mark.parametrize("aspect", ["pad", "crop"])
-@pytest.mark.parametrize("size", [(37, 53), (53, 37), (64, 64), (1, 1), (300, 7), (7, 300), (336, 336), (500, 333), (101, 100)])
+@pytest.mark.parametrize(
+    "size", [(37, 53), (53, 37), (64, 64), (1, 1), (300, 7), (7, 300), (336, 336), (500, 333), (101, 100)]
+)
 def test_squares_equal_the_reference_processors(size: tuple[int, int], aspect: str, mean: tuple) -> None:
     side = 56
     options = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
@@ -99,7 +101,9 @@ def test_usual_formats_are_read_and_their_truncations_are_errors(kind: str) -> N
         decode(content[: len(content) // 2])
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\x89PNG\r\n\x1a\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\x89PNG\r\n\x1a\n"]
+)
 def test_what_is_no_image_is_refused(content: bytes) -> None:
     with pytest.raises(ValueError, match="not an image: "):
         decode(content)

@@ -53,7 +53,8 @@ def test_training_samples_equal_xtuners(family: str, tmp_path: Path) -> None:
     wanted = json.loads((source / "train_samples.json").read_text())
     for record, want in zip(records, wanted, strict=True):
         turns = tuple(
-            Turn("user" if said["from"] == "human" else "assistant", said["value"]) for said in record["conversations"]
+            Turn("user" if said["from"] == "human" else "assistant", said["value"])
+            for said in record["conversations"]
         )
         images = ((source / record["image"]).read_bytes(),) if "image" in record else ()
         example = made.encode(Sample(record["id"], turns, images))
@@ -85,15 +86,21 @@ def test_a_thousand_dialogues_equal_llavas_retokenising_where_it_works(kind: str
     rng = Random(kind)
     compared = 0
     for _ in range(1000):
-        turns = random_dialogue(rng)
+        turns = random_dialogue(rng, wild=rng.random() < 0.3)
         example = made.encode(sample(*turns, images=int("<image>" in turns[0])))
         ids, labels = collapsed(made, example)
-        want_ids, want_labels = retokenised(backend, turns, system=made.template.default_system, legacy=kind == "legacy")
+        system = made.template.default_system
+        if "<image>" in turns[0]:  # what LLaVA does before
+            turns[0] = f"h:<image>\n{turns[0].removeprefix('h:<image>').strip()}".strip()
+        want_ids, want_labels = retokenised(backend, turns, system=system, legacy=kind == "legacy")
         assert ids == want_ids
-        if want_labels is not None:
+        # It does not notice when a question ends with its mark; and a blank answer is ours to decide (G16).
+        fooled = any(turn.endswith("ASSISTANT:") for turn in turns[::2])
+        blank = not all(turn[2:].strip() for turn in turns[1::2])
+        if want_labels is not None and not fooled and not blank:
             assert labels == want_labels
             compared += 1
-    assert compared >= 200, f"the reference worked on {compared} dialogues only"
+    assert compared >= 500, f"the reference worked on {compared} dialogues only"
 
 
 def retokenised(
@@ -109,10 +116,12 @@ def retokenised(
         f"USER: {turn[2:]} " if turn[0] == "h" else f"ASSISTANT: {turn[2:]}</s>" for turn in turns
     )
     ids = encode(prompt)
-    labels = [IGNORE] + ids[1:]
+    labels = [IGNORE, *ids[1:]]
     at = 1
     for number, spoken in enumerate(prompt.split("</s>")[:-1]):
-        head, mark, _ = spoken.partition(" ASSISTANT: ")
+        head, *answers = spoken.split(mark := " ASSISTANT: ")
+        if len(answers) != 1:
+            return ids, None
         fewer = int(number > 0 and not legacy)
         num_asked = len(encode(head + mark)) - 2 - fewer
         labels[at : at + num_asked] = [IGNORE] * num_asked

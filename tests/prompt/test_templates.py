@@ -124,7 +124,8 @@ SYSTEM = {  # G17
     "vicuna": f"<s>{ASK.format('user')} Be brief.\n USER: Q1 ASSISTANT:A1</s>\n",
     "internlm_chat": "<s><|System|>:Be brief.\n<|User|>:Q1<eoh>\n<|Bot|>:A1<eoa>\n",
     "internlm2_chat": (
-        "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
+        "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n"
+        "<|im_start|>assistant\nA1<|im_end|>\n"
     ),
     "llama3_chat": (
         "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>"

@@ -69,7 +69,8 @@ def test_streamed_pieces_together_are_the_decoded_text(kind: str) -> None:
     vocabulary = Backend.from_file(str(folder(kind) / "tokenizer.json")).get_vocab_size()
     texts = [turn.replace("<image>", "") for _ in range(100) for turn in random_dialogue(rng, wild=True)]
     spoken = [[token.id for token in made.encode(text)] for text in texts]
-    noise = [[rng.randrange(vocabulary) for _ in range(rng.randint(0, 30))] for _ in range(400)]
+    beyond = 20  # a model may have rows that no token belongs to
+    noise = [[rng.randrange(vocabulary + beyond) for _ in range(rng.randint(0, 30))] for _ in range(400)]
     for ids in [*spoken, *noise, []]:
         stream = StreamDecoder(made)
         pieces = [*(stream.push(id_) for id_ in ids), stream.close()]
@@ -90,5 +91,5 @@ def test_a_stream_that_ends_in_mid_character_says_so() -> None:
     made = Tokenizer(folder("bytes"))
     ids = [token.id for token in made.encode("a🙂")][:-1]
     stream = StreamDecoder(made)
-    assert [*(stream.push(id_) for id_ in ids)][0] == "a"
+    assert "".join(stream.push(id_) for id_ in ids) == "a"
     assert stream.close() == "\ufffd" and stream.close() == ""

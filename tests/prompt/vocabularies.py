@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -18,15 +19,17 @@ CONTROLS = (
     *("<|eot_id|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<eoh>", "<eoa>", "<image>", "<pad>"),
 )
 
-WORDS = (
+WORDS = re.findall(
+    r"\S+",
     "USER ASSISTANT A1 A2 Q1 Q2 system user assistant a cat sat on the mat while two dogs looked at it . , ? ! "
-    "What is this picture about Describe what you see in the image there are many people and it rains today"
-).split()
+    "What is this picture about Describe what you see in the image there are many people and it rains today",
+)
 
 TEXTS = [
     *(template.default_system for template in TEMPLATES.values()),
     *(template.user for template in TEMPLATES.values()),
-    "USER: What is this?\nASSISTANT: A cat sat on the mat while it rained.</s>USER: Why? ASSISTANT: Nobody knows.</s>",
+    "USER: What is this?\nASSISTANT: A cat sat on the mat while it rained.</s>",
+    "USER: Why? ASSISTANT: Nobody knows.</s>",
     " ".join(WORDS),
 ]
 
@@ -37,11 +40,15 @@ blank in front of a text once or after every control token."""
 LOSSLESS = KINDS[1:]
 
 
+_HELD = tempfile.TemporaryDirectory(prefix="rayllava-vocabularies-")
+
+
 @lru_cache
 def folder(kind: str) -> Path:
     """Return a folder with a tokenizer.json whose first ids are CONTROLS."""
     tokenizer = {"words": _words, "bytes": _bytes, "pieces": _pieces, "legacy": _legacy}[kind]()
-    path = Path(tempfile.mkdtemp(prefix=f"rayllava-{kind}-"))
+    path = Path(_HELD.name) / kind
+    path.mkdir()
     (path / "tokenizer.json").write_text(tokenizer.to_str())
     return path
 
@@ -80,8 +87,6 @@ def _words() -> Tokenizer:
 
 
 def _split(text: str) -> list[str]:
-    import re
-
     return re.findall(r"\s|\w+|[^\w\s]", text)
 
 
@@ -109,7 +114,8 @@ def _legacy() -> Tokenizer:
     draft.train_from_iterator(TEXTS * 2, trainers.BpeTrainer(vocab_size=200, show_progress=False))
     model = json.loads(draft.to_str())["model"]
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    vocab = {text: id_ for id_, text in enumerate([*CONTROLS, *bytes_, "▁▁", *model["vocab"]])}
+    pieces = dict.fromkeys([*CONTROLS, *bytes_, "▁▁", *model["vocab"]])
+    vocab = {text: id_ for id_, text in enumerate(pieces)}
     merges = [("▁", "▁"), *map(tuple, model["merges"])]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

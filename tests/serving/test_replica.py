@@ -1,4 +1,4 @@
-"""The thread between an engine and asyncio. The engine here counts aloud, a word a step."""
+"""The thread between an engine and asyncio."""
 
 from __future__ import annotations
 
@@ -9,42 +9,11 @@ import pytest
 
 from rayllava.records import Delta, Request, Turn
 from serving.replica import EngineThread
+from tests.serving.counter import Counter
 
 
-class Counter:
-    def __init__(self) -> None:
-        self.said: dict[str, int] = {}
-        self.most: dict[str, int] = {}
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.said)
-
-    def submit(self, request: Request) -> None:
-        if request.id == "long":
-            raise ValueError("too long")
-        if request.id == "odd":
-            raise KeyError(request.turns[0].text)
-        self.said[request.id], self.most[request.id] = 0, request.max_new_tokens
-
-    def cancel(self, id: str, /) -> None:
-        self.said.pop(id, None)
-
-    def step(self) -> list[Delta]:
-        if "poison" in self.said:
-            raise RuntimeError("secret")
-        deltas = []
-        for id_ in list(self.said):
-            self.said[id_] += 1
-            ended = self.said[id_] == self.most[id_]
-            deltas.append(Delta(id_, f"{self.said[id_]} ", self.said[id_], 4, "length" if ended else None))
-            if ended:
-                del self.said[id_]
-        return deltas
-
-
-def ask(id: str, num: int = 3) -> Request:
-    return Request(id, (Turn("user", "count"),), max_new_tokens=num)
+def ask(id: str, num: int = 3, *, text: str = "count") -> Request:
+    return Request(id, (Turn("user", text),), max_new_tokens=num)
 
 
 async def text_of(thread: EngineThread, request: Request) -> str:
@@ -71,7 +40,7 @@ def test_concurrent_listeners_hear_their_own_answers() -> None:
 
 def test_a_refusal_is_the_first_and_only_word() -> None:
     async def run() -> list[object]:
-        return [piece async for piece in EngineThread(Counter()).answer(ask("long"))]
+        return [piece async for piece in EngineThread(Counter()).answer(ask("1", text="long"))]
 
     assert asyncio.run(run()) == ["too long"]
 
@@ -94,21 +63,21 @@ def test_a_request_that_breaks_submit_breaks_nobody_else(caplog: pytest.LogCaptu
     async def run() -> None:
         thread = EngineThread(Counter())
         with pytest.raises(RuntimeError, match=r"the engine failed \(KeyError\)"):
-            await text_of(thread, ask("odd"))
+            await text_of(thread, ask("1", text="odd secret"))
         assert thread.death is None
         assert await text_of(thread, ask("next", 1)) == "1 "
 
     asyncio.run(run())
-    assert "KeyError" in caplog.text and "count" not in caplog.text.replace("test_replica", "")
+    assert "KeyError" in caplog.text and "secret" not in caplog.text
 
 
 def test_a_dead_engine_says_so_to_all_who_listen_and_come() -> None:
     async def run() -> None:
         thread = EngineThread(Counter())
         waiting = asyncio.create_task(text_of(thread, ask("endless", 10**9)))
-        for id_ in ("poison", "late"):
+        for text in ("poison", "too late"):
             with pytest.raises(RuntimeError, match="the engine failed"):
-                await text_of(thread, ask(id_))
+                await text_of(thread, ask(text, text=text))
         with pytest.raises(RuntimeError, match="the engine failed"):
             await waiting
         assert isinstance(thread.death, RuntimeError)

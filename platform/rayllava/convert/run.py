@@ -42,7 +42,7 @@ def convert(src: Path, dst: Path, *, to: str, spec: ConvertSpec | None = None) -
     """
     begin = time.perf_counter()
     spec = spec or ConvertSpec()
-    if to not in list(LAYOUTS):
+    if to not in LAYOUTS:
         raise ValueError(f"to={to} cannot be written yet; there is: {', '.join(LAYOUTS)}")
     src = export_dir(src)
     layout = detect(src, field="SRC")

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 OPEN, YES_NO = "textvqa", "pope"
 
+MAX_LOGIT_DIFF = 1e-4
+"""Between the trained model and its export in plain transformers, float32."""
+
 
 class Quickstart:
     """The phases of one quickstart folder."""
@@ -82,9 +85,14 @@ class Quickstart:
         return {"steps": manifest.num_steps}
 
     def _proof(self) -> dict[str, Any]:
-        from rayllava.convert.prove import prove_export
+        """Compare the trained model with its export as plain transformers loads it."""
+        import ray
 
-        return prove_export(self.out / "finetune")
+        rows = ray.get(ray.remote(num_cpus=1)(_compare).remote(str(self.out / "finetune")))
+        worst = max(row["max_abs_logit_diff"] for row in rows.values())
+        if worst > MAX_LOGIT_DIFF:
+            raise ValueError(f"the export's logits differ by {worst:.1e}, more than {MAX_LOGIT_DIFF}: {rows}")
+        return {"max_abs_logit_diff": worst, "prompts": rows}
 
     def _evaluate(self, stage: str, quant: str) -> dict[str, Any]:
         from rayllava.evals.fanout import evaluate
@@ -215,6 +223,19 @@ def _warm_up(pictures_dir: str, out_dir: str) -> dict[str, Any]:
 
     log_.start()
     return warm_up(Path(pictures_dir), Path(out_dir))
+
+
+def _compare(run_dir: str) -> dict[str, Any]:
+    from rayllava.checkpoint.layouts import StoredModel
+    from rayllava.checkpoint.manifest import read_model_manifest
+    from rayllava.convert import prove
+    from rayllava.model.build import result
+
+    folder = Path(run_dir)
+    trained, _ = result(folder)
+    spec = read_model_manifest(folder / "export").processor
+    ours = prove.our_side(StoredModel.of(trained, folder / "tokenizer"), spec)
+    return prove.compare_logits(ours, prove.plain_side(folder / "export"), prove.fixed_prompts())
 
 
 def _offline(model_dir: Path, questions: list[dict[str, Any]], folder: Path) -> list[str]:

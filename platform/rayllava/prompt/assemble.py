@@ -1,14 +1,15 @@
 """Language model + tower + prompt -> ProcessorSpec, and the tokenizer that goes with it.
 
-    tokenizer.json                      is taken as it is: it is what the model was trained with
-    tokenizer.model (SentencePiece)     is converted here, without any code of the model's repository
-        + <image>, and <pad> where the model has no pad token of its own
-        -> OUT/tokenizer.json, tokenizer_config.json, special_tokens_map.json
+tokenizer.json                      is taken as it is: it is what the model was trained with
+tokenizer.model (SentencePiece)     is converted here, without any code of the model's repository
+    + <image>, and <pad> where the model has no pad token of its own
+    -> OUT/tokenizer.json, tokenizer_config.json, special_tokens_map.json
 """
 
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -119,11 +120,11 @@ def _load(folder: Path, config: dict[str, Any], roles: dict[str, str]) -> Tokeni
 
 def _convert(folder: Path, config: dict[str, Any], roles: dict[str, str]) -> Tokenizer:
     """Return a SentencePiece model as a `tokenizers` one that gives the same ids."""
-    from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers.convert_slow_tokenizer import generate_merges
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    pb2: Any = import_module("sentencepiece.sentencepiece_model_pb2")  # generated, without types
+    proto = pb2.ModelProto()
     proto.ParseFromString((folder / "tokenizer.model").read_bytes())
     kind, rules = proto.trainer_spec.model_type, proto.normalizer_spec
     if kind != proto.trainer_spec.BPE or rules.precompiled_charsmap or rules.remove_extra_whitespaces:
@@ -131,7 +132,7 @@ def _convert(folder: Path, config: dict[str, Any], roles: dict[str, str]) -> Tok
             f"{folder / 'tokenizer.model'} is not a plain BPE as Llama's; convert it to tokenizer.json with the "
             "model's own tools"
         )
-    piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+    piece = pb2.ModelProto.SentencePiece
     texts = [p.piece for p in proto.pieces]
     plain = [p.type == piece.NORMAL for p in proto.pieces]
     promised = _promised(folder, config)
@@ -236,9 +237,7 @@ def _save(tokenizer: Tokenizer, roles: dict[str, str], config: dict[str, Any], o
         "model_max_length": config.get("model_max_length", 1_000_000),
     }
     durable.write_json(out_dir / "tokenizer_config.json", said)
-    durable.write_json(
-        out_dir / "special_tokens_map.json", {**roles, "additional_special_tokens": [IMAGE_MARK]}
-    )
+    durable.write_json(out_dir / "special_tokens_map.json", {**roles, "additional_special_tokens": [IMAGE_MARK]})
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def to_row(batch: Batch, **extra: Any) -> dict[str, Any]:
 def from_row(row: Mapping[str, Any]) -> Batch:
     """Return the batch of a row, its arrays read-only views of the row's bytes.
 
-    Values may be Python's own or Arrow scalars; a scalar's bytes are not copied.
+    Values may be Python's own, Arrow buffers or Arrow scalars.
     """
     shape = _plain(row["shape"])
     return Batch(

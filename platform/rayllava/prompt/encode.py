@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +49,9 @@ class Processor:
         for name in ("image_token_id", "bos_token_id", "eos_token_id"):
             id_ = getattr(spec, name)
             if id_ is not None and id_ not in self.tokenizer.controls:
-                raise ValueError(f"{name}={id_} is no control token of {tokenizer_dir}; they belong to different models")
+                raise ValueError(
+                    f"{name}={id_} is no control token of {tokenizer_dir}; they belong to different models"
+                )
 
     def encode(self, sample: Sample, *, open_turn: bool = False) -> Example:
         """Return the sample in the model's terms.
@@ -106,30 +108,33 @@ class Processor:
 
     def _strip(self, rounds: Sequence[Sequence[Span]]) -> list[Position]:
         """Return the positions of rendered rounds."""
-        spec = self.spec
+        spans = [(span, number) for number, spoken in enumerate(rounds) for span in spoken]
         strip: list[Position] = []
-        pending: list[tuple[Span, int]] = []  # spans that are tokenised together
-
-        def flush() -> None:
-            strip.extend(self._tokenise(pending))
-            pending.clear()
-
-        for number, spans in enumerate(rounds):
-            for _, piece in groupby(spans, key=lambda span: _piece_of(span.part)):
-                for span in piece:
-                    special = spec.bos_token_id if span.kind == "bos" else spec.eos_token_id
-                    if span.kind == "image":
-                        flush()
-                        strip += [Position(spec.image_token_id, span.part, number)] * spec.num_image_tokens
-                    elif span.kind in ("markup", "said") or (self.template.joined and (strip or pending)):
-                        pending.append((span, number))
-                    elif special is not None:
-                        flush()
-                        strip.append(Position(special, span.part, number))
-                if not self.template.joined:
-                    flush()
-        flush()
+        start = 0
+        for end in range(1, len(spans) + 1):
+            if end == len(spans) or self._cuts(spans[end - 1], spans[end], at_front=end == 1):
+                strip += self._positions(spans[start:end])
+                start = end
         return strip
+
+    def _cuts(self, left: tuple[Span, int], right: tuple[Span, int], *, at_front: bool) -> bool:
+        """Say whether two neighbours are tokenised apart, and so each with what a tokenizer does to a front."""
+        kinds = {left[0].kind, right[0].kind}
+        if "image" in kinds:
+            return True
+        if self.template.joined:
+            return at_front and left[0].kind == "bos"  # it is the tokenizer that puts this one there
+        places = {(_piece_of(span.part), number) for span, number in (left, right)}
+        return bool(kinds & {"bos", "eos"}) or len(places) == 2
+
+    def _positions(self, piece: Sequence[tuple[Span, int]]) -> list[Position]:
+        (first, number), *rest = piece
+        if first.kind == "image":
+            return [Position(self.spec.image_token_id, first.part, number)] * self.spec.num_image_tokens
+        if first.kind in ("bos", "eos") and not rest:
+            special = self._special(first)
+            return [] if special is None else [Position(special, first.part, number)]
+        return self._tokenise(piece)
 
     def _tokenise(self, spans: Sequence[tuple[Span, int]]) -> list[Position]:
         """Return the positions of spans that are one string; a token belongs to the span of its last character."""
@@ -153,8 +158,11 @@ class Processor:
             return span.text
         if span.kind == "markup":
             return self.tokenizer.markup(span.text)
-        special = self.spec.bos_token_id if span.kind == "bos" else self.spec.eos_token_id
+        special = self._special(span)
         return "" if special is None else self.tokenizer.control(special)
+
+    def _special(self, span: Span) -> int | None:
+        return self.spec.bos_token_id if span.kind == "bos" else self.spec.eos_token_id
 
     def _fit(self, strip: list[Position], *, open_turn: bool) -> tuple[list[Position], bool]:
         """Return what `max_length` has room for, and whether anything that is learned had to go.

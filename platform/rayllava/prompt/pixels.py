@@ -1,7 +1,7 @@
 """Image bytes -> a square of uint8 at the model's resolution, the same to the bit as the reference processors'.
 
-    decode  bytes      -> (H, W, 3)   what a person sees: first frame, upright, transparency on white
-    square  (H, W, 3)  -> (3, S, S)   padded or cropped; rescaling and normalising happen on the model's device
+decode  bytes      -> (H, W, 3)   what a person sees: first frame, upright, transparency on white
+square  (H, W, 3)  -> (3, S, S)   padded or cropped; rescaling and normalising happen on the model's device
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from io import BytesIO
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """What is recognised. Pillow would also start a PostScript interpreter if it were asked to."""
@@ -39,14 +39,12 @@ def decode(content: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # the fence around one sample: Pillow's plugins raise whatever they stumble over
-        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ValueError(f"not an image: {reason or type(error).__name__}") from error
     raise ValueError(f"{width} x {height} pixels; {math.isqrt(max_pixels)} a side is the most")
 
 
-def square(
-    image: np.ndarray, *, aspect: Literal["pad", "crop"], size: int, mean: Sequence[float]
-) -> np.ndarray:
+def square(image: np.ndarray, *, aspect: Literal["pad", "crop"], size: int, mean: Sequence[float]) -> np.ndarray:
     """Return an RGB picture (H, W, 3) as (3, size, size) uint8, before rescaling and normalising.
 
     pad: paste onto the middle of a square of the mean colour, resize; crop: resize the short side, cut the middle.
@@ -56,9 +54,7 @@ def square(
         picture = _padded(picture, colour=(int(255 * mean[0]), int(255 * mean[1]), int(255 * mean[2])))
     width, height = picture.size
     short = min(width, height)
-    resized = picture.resize(
-        (size * width // short, size * height // short), resample=Image.Resampling.BICUBIC
-    )
+    resized = picture.resize((size * width // short, size * height // short), resample=Image.Resampling.BICUBIC)
     left, top = (resized.width - size) // 2, (resized.height - size) // 2
     cut = resized.crop((left, top, left + size, top + size))
     return np.ascontiguousarray(np.asarray(cut).transpose(2, 0, 1))  # (3, S, S)

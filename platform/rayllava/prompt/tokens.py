@@ -4,9 +4,9 @@
     decode        ids             -> text without control tokens
     StreamDecoder id, id, id, ... -> text, text, text, ...   together: decode(ids)
 
-A control token cannot be typed. The vocabulary is loaded with every control token spelled anew, so `</s>` in somebody's
-words is four plain characters, tokenised with the words around it. What means the token writes the new
-spelling: `control(id)`, or `markup(text)` for a template's text.
+A control token cannot be typed. The vocabulary is loaded with every control token spelled anew, so `</s>` in
+somebody's words is four plain characters, tokenised with the words around it. Whoever means the token writes the
+new spelling: `control(id)`, or `markup(text)` for a template's text.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ class Tokenizer:
         for id_, spelling in self._spelling.items():
             got = self._backend.token_to_id(spelling)
             assert got == id_, f"{path}: {self.controls[id_]} has id {got}, not the {id_} that the file says"
-        self._bytes = {id_ for text, id_ in self._backend.get_vocab().items() if _BYTE.fullmatch(text)}
 
     def control(self, id_: int) -> str:
         """Return the spelling that encodes as this control token."""
@@ -78,6 +77,14 @@ class Tokenizer:
             text = text.replace(spelling, self.controls[id_])
         return text
 
+    def has_text(self, id_: int) -> bool:
+        """Say whether decoding keeps the id: no control token, nor a row of the model without a token."""
+        return id_ not in self.controls and self._backend.id_to_token(id_) is not None
+
+    def is_byte(self, id_: int) -> bool:
+        """Say whether the token is a byte of a character outside the vocabulary."""
+        return _BYTE.fullmatch(self._backend.id_to_token(id_) or "") is not None
+
     def id_of(self, token: str) -> int | None:
         """Return the id of a token by its text, None when the vocabulary lacks it."""
         return self._ids[token] if token in self._ids else self._backend.token_to_id(token)
@@ -98,11 +105,11 @@ class StreamDecoder:
 
     def push(self, id_: int) -> str:
         """Return the text that this id completes, often empty."""
-        if id_ in self._tokenizer.controls:
+        if not self._tokenizer.has_text(id_):
             return ""
         self._ids.append(id_)
         # A run of byte tokens is valid or not as a whole, so it is only known when it ends.
-        if id_ in self._tokenizer._bytes:
+        if self._tokenizer.is_byte(id_):
             return ""
         return self._piece(final=False)
 
@@ -115,8 +122,9 @@ class StreamDecoder:
         if not final and text.endswith("\ufffd"):
             return ""
         piece = text[len(self._tokenizer.decode(self._ids[: self._shown])) :]
-        self._ids = self._ids[self._shown :]
-        self._shown = len(self._ids)
+        if piece:  # a token that shows nothing is no neighbour to decode the next one behind
+            self._ids = self._ids[self._shown :]
+            self._shown = len(self._ids)
         return piece
 
 
