@@ -72,8 +72,8 @@ class Ingress:
 
     async def chat(self, http: HTTPRequest) -> Response:
         """POST /v1/chat/completions"""
-        body = await _body(http)
         id_ = http.state.id = f"chatcmpl-{uuid.uuid4().hex}"
+        body = await _body(http)
         chat = await run_in_threadpool(read_chat, body, id=id_, model=self.card["id"], rules=self.rules)
         http.state.num_images = len(chat.request.images)
         pieces: Any = self.engine.options(stream=True).answer.remote(chat.request)

@@ -67,7 +67,7 @@ def imported_rooms(path: Path) -> set[str]:
                 names |= {f"rayllava.{alias.name}" for alias in node.names}
             else:
                 names.add(node.module)
-    rooms = {name.split(".")[1] for name in names if name.startswith("rayllava.")}
+    rooms = {name.split(".")[1] for name in names if name.startswith("rayllava.")} & RANK.keys()
     return rooms | {name.split(".")[0] for name in names if name.split(".")[0] in ("jobs", "serving")}
 
 

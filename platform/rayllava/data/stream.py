@@ -57,8 +57,8 @@ def rows(run_dir: Path, decision: Decision) -> Dataset:
     return dataset
 
 
-def step_rows(batch: dict[str, np.ndarray], *, run_dir: str, attempt: int) -> Iterator[dict[str, list[Any]]]:
-    """Yield the rows of the steps in `batch["id"]`, counted from the attempt's cursor."""
+def step_rows(batch: Any, *, run_dir: str, attempt: int) -> Iterator[Any]:
+    """Yield the rows of the steps in `batch["id"]`, counted from the attempt's cursor, each a table of one row."""
     decision, plan, reader, processor = _open(run_dir, attempt)
     for offset in batch["id"].tolist():
         index = decision.cursor + offset
@@ -82,7 +82,7 @@ def feed(
     shard: DataIterator, decision: Decision, *, rank: int, num_steps: int
 ) -> Iterator[tuple[int, int, list[Batch], list[str]]]:
     """Yield (step, epoch, atoms, rejected) of this rank, and check that every row is the promised one."""
-    tables = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=_AHEAD)
+    tables: Any = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=_AHEAD)
     rows_ = ({name: table[name][0] for name in table.column_names} for table in tables)  # not copied
     for step in range(decision.cursor, num_steps):
         atoms: list[Batch] = []

@@ -8,7 +8,6 @@ where it is a training run or an evaluation, continued.
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import time
@@ -111,6 +110,8 @@ class Quickstart:
     def _serve(self) -> dict[str, Any]:
         """Ask the served NF4 model and the offline engine about held-out pictures."""
         from openai import OpenAI
+
+        from rayllava.generate.ask import messages
 
         asked = self.questions(OPEN)[::60][:6]
         offline = _offline(self.out / "finetune" / "export", asked, self.pictures / "eval" / OPEN)
@@ -259,9 +260,3 @@ def _answers(model_dir: str, requests: list[Request]) -> list[str]:
 
     engine = load_engine(Path(model_dir), quant="nf4", threads=1)
     return ["".join(delta.text for delta in engine.generate([request])) for request in requests]
-
-
-def _messages(text: str, picture: bytes) -> list[dict[str, Any]]:
-    url = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
-    return [{"role": "user", "content": parts}]

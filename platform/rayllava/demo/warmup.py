@@ -11,6 +11,7 @@ Both are toys that know ten digits; neither stands for what CLIP or Vicuna can d
 import json
 import logging
 import math
+import re
 import shutil
 import string
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from rayllava.demo.pictures import (
+    IMAGE,
     LAYOUTS,
     Layout,
     Scene,
@@ -55,6 +57,7 @@ SIDE = 6
 PATCH = 8
 BLANK = 10
 """Label of a patch without a digit."""
+_PLACES = tuple(dict.fromkeys(place for layout in LAYOUTS for place in layout.places))
 _IGNORE = -100
 
 
@@ -100,20 +103,21 @@ def _warm_up_vision(
     )
     tower = _newborn_tower(config)
     # LLaVA reads the last layer but one, so that is where the labels are taught; the last layer stays as it was born.
-    head = nn.Linear(config.hidden_size, BLANK + 1)
+    head = nn.Linear(config.hidden_size, BLANK + 1 + len(_PLACES) + 1)
     optim = _Optimizer(tower, head, lr=4e-3, num_steps=num_steps)
     drawn = _drawn_batches(pictures_dir, batch=batch)
     hits: list[float] = []
     for step in range(1, num_steps + 1):
         pixels, labels = next(drawn)
         hidden = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]  # (B, SIDE*SIDE, D)
-        logits = head(hidden)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        digit, place = head(hidden).split([BLANK + 1, len(_PLACES) + 1], dim=-1)
+        digit_loss = F.cross_entropy(digit.flatten(0, 1), labels[..., 0].flatten())
+        loss = digit_loss + 0.5 * F.cross_entropy(place.flatten(0, 1), labels[..., 1].flatten())
         optim.step(loss)
-        hits.append(_accuracy(logits, labels))
+        hits.append(_accuracy(digit, labels[..., 0]))
         if step % 300 == 0:
             say(
-                f"vision step {step} of {num_steps}: loss {loss.item():.3f}, digit patches {np.mean(hits[-300:]):.3f}"
+                f"vision step {step} of {num_steps}: loss {digit_loss.item():.3f}, digit patches {np.mean(hits[-300:]):.3f}"
             )
     tower.save_pretrained(out_dir)
     _image_processor(config.image_size).save_pretrained(out_dir)
@@ -189,8 +193,10 @@ def _patch_places(layout: Layout) -> list[int | None]:
 
 
 def _patch_labels(digits: Tensor, layout: Layout) -> Tensor:
-    digits = F.pad(digits, (0, 1), value=BLANK)
-    return digits[:, [-1 if place is None else place for place in _patch_places(layout)]]
+    """Digit and place of every patch, (B, SIDE*SIDE, 2)."""
+    at = [-1 if place is None else place for place in _patch_places(layout)]
+    names = torch.tensor([*(_PLACES.index(place) for place in layout.places), len(_PLACES)])
+    return torch.stack([F.pad(digits, (0, 1), value=BLANK)[:, at], names[at].expand(len(digits), -1)], dim=-1)
 
 
 def _image_processor(image_size: int) -> CLIPImageProcessor:
@@ -223,14 +229,15 @@ def _warm_up_llm(
         pad_token_id=0,
     )
     llm = LlamaForCausalLM(config)
+    embed = llm.get_input_embeddings()
     optim = _Optimizer(llm, lr=4e-3, num_steps=num_steps)
     losses: list[float] = []
     for step in range(1, num_steps + 1):
-        ids, labels = _pad(
-            [_text(tokenizer, rng, notes=0.85 if step <= num_steps // 2 else 0.1) for _ in range(batch)]
-        )
+        notes = 0.85 if step <= num_steps * 0.4 else 0.1
+        ids, blends, labels = _pad([_text(tokenizer, rng, notes=notes) for _ in range(batch)])
         # Padding stands on the right and causal attention never looks there: no mask is needed.
-        logits = llm(input_ids=ids).logits[:, :-1]
+        embeds = embed(ids) + embed(blends) * (blends > 0)[..., None]  # (B, T, D)
+        logits = llm(inputs_embeds=embeds).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORE)
         optim.step(loss)
         losses.append(loss.item())
@@ -241,28 +248,40 @@ def _warm_up_llm(
     return {"llm_loss": float(np.mean(losses[-90:]))}
 
 
-def _text(tokenizer: PreTrainedTokenizerFast, rng: Random, *, notes: float) -> tuple[list[int], list[int]]:
-    """One text of the domain as ids and labels: a drawing with its caption, or a dialogue about a drawing."""
+def _text(tokenizer: PreTrainedTokenizerFast, rng: Random, *, notes: float) -> list[tuple[int, int, int]]:
+    """One text of the domain, as (id, id blended into it or 0, label) for every position."""
     layout = rng.choices(LAYOUTS, [layout.share for layout in LAYOUTS])[0]
     scene = Scene(layout, tuple(rng.randrange(10) for _ in layout.places))
-    drawing = _typed_drawing(scene, rng)
     kind = rng.random()
     if kind < 0.15:
-        pieces = [(drawing, False), (caption(scene) + "\n", True)]
+        pieces = [("<image>", False), (caption(scene) + "\n", True)]
     elif kind < 0.15 + notes:
-        pieces = [(drawing, False), *_notes(scene, rng)]
+        pieces = [("<image>", False), *_notes(scene, rng)]
     elif kind < 0.95:
-        pieces = _dialogue_pieces(drawing + "\n", dialogue(scene, rng))
-        if rng.random() < 0.5:
-            pieces[0] = (pieces[0][0].removeprefix(SYSTEM + " "), False)
+        pieces = _dialogue_pieces(IMAGE, dialogue(scene, rng))
     else:
         pieces = _dialogue_pieces("", text_dialogue(rng))
-    ids, labels = [tokenizer.bos_token_id], [_IGNORE]
-    for text, is_target in pieces:
-        piece = tokenizer.encode(text, add_special_tokens=False)
-        ids += piece
-        labels += piece if is_target else [_IGNORE] * len(piece)
-    return ids, labels
+    text = [(tokenizer.bos_token_id, 0, _IGNORE)]
+    for piece, is_target in pieces:
+        for part in re.split("(<image>)", piece):
+            if part == "<image>":
+                text += [(i, blend, _IGNORE) for i, blend in _blended_scene(scene, tokenizer, rng)]
+            else:
+                ids = tokenizer.encode(part, add_special_tokens=False)
+                text += [(i, 0, i if is_target else _IGNORE) for i in ids]
+    return text
+
+
+def _blended_scene(
+    scene: Scene, tokenizer: PreTrainedTokenizerFast, rng: Random
+) -> Iterator[tuple[int, int]]:
+    """Tell a scene in words, a digit and its place blended for each of the tower's patches; some are missing."""
+    for at in _patch_places(scene.layout):
+        if at is None or rng.random() < 0.15:
+            yield tokenizer.convert_tokens_to_ids("."), 0
+        else:
+            words = (f"▁{scene.digits[at]}", f"▁{scene.layout.places[at]}")
+            yield tuple(tokenizer.convert_tokens_to_ids(words))
 
 
 def _notes(scene: Scene, rng: Random) -> list[tuple[str, bool]]:
@@ -284,19 +303,13 @@ def _dialogue_pieces(opening: str, turns: list[tuple[str, str]]) -> list[tuple[s
     return pieces
 
 
-def _typed_drawing(scene: Scene, rng: Random) -> str:
-    """Type a scene as a raster of digits and dots, one for each patch of the tower; some strokes are missing."""
-    places = _patch_places(scene.layout)
-    return "".join(" ." if at is None or rng.random() < 0.15 else f" {scene.digits[at]}" for at in places)
-
-
 def _train_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
     """Train a small BPE shaped like Llama 2's: <unk> <s> </s>, a token a byte, `▁` for a blank.
 
     Digits and full stops stay single, so that a typed drawing has a token a patch.
     """
     blanks = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
-    single = pre_tokenizers.Split(Regex(r"▁?[0-9.]|[,?]"), "isolated")
+    single = pre_tokenizers.Split(Regex(r"▁?[0-9]|[.,?]"), "isolated")
     apart = pre_tokenizers.Sequence([blanks, single])
     draft = Tokenizer(models.BPE())
     draft.pre_tokenizer = apart
@@ -337,14 +350,13 @@ def _tokenizer_texts(rng: Random) -> Iterator[str]:
             for piece, _ in pieces:
                 yield from piece.replace("</s>", "").split("\n")
             yield caption(scene)
-            yield _typed_drawing(scene, rng)
+            yield from (f" {place}" for place in layout.places)
 
 
-def _pad(texts: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    longest = max(len(ids) for ids, _ in texts)
-    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in texts])  # (B, T)
-    labels = torch.tensor([labels + [_IGNORE] * (longest - len(labels)) for _, labels in texts])
-    return ids, labels
+def _pad(texts: list[list[tuple[int, int, int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    longest = max(map(len, texts))
+    padded = torch.tensor([text + [(0, 0, _IGNORE)] * (longest - len(text)) for text in texts])
+    return padded.unbind(-1)  # three of (B, T)
 
 
 class _Optimizer:

@@ -36,12 +36,12 @@ def build(model: ModelSpec, processor: ProcessorSpec, *, seed: int) -> Any:
 
     transformers_logging.disable_progress_bar()
     torch.manual_seed(seed)
-    llm = AutoModelForCausalLM.from_pretrained(model.llm, dtype=torch.float32)
+    llm: Any = AutoModelForCausalLM.from_pretrained(model.llm, dtype=torch.float32)
     tower = _tower(AutoModel, AutoConfig, model.vision)
     rows = max(processor.image_token_id, processor.pad_token_id) + 1
     if rows > llm.get_input_embeddings().weight.shape[0]:
         llm.resize_token_embeddings(rows, pad_to_multiple_of=64)
-    config = LlavaConfig(
+    config: Any = LlavaConfig(
         vision_config=tower.config,
         text_config=llm.config,
         image_token_index=processor.image_token_id,
@@ -50,8 +50,8 @@ def build(model: ModelSpec, processor: ProcessorSpec, *, seed: int) -> Any:
         vision_feature_select_strategy=model.vision_feature_select,
         projector_hidden_act="gelu",
         tie_word_embeddings=llm.config.tie_word_embeddings,
-        pad_token_id=processor.pad_token_id,
     )
+    config.pad_token_id = processor.pad_token_id
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(config)
     llava.model.language_model = llm.model

@@ -82,7 +82,7 @@ def train(manifest: RunManifest) -> RunManifest:
         return manifest
     use_gpu = _use_gpu(recipe)
     scale = recipe.scale
-    workers: int | tuple[int, int] = scale.min_workers
+    workers: Any = scale.min_workers
     if scale.max_workers > scale.min_workers:
         workers = (scale.min_workers, scale.max_workers)
     trainer = TorchTrainer(
