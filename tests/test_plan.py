@@ -140,12 +140,11 @@ def test_every_recipe_loads_and_round_trips(name: str) -> None:
 
 
 def test_every_plug_loads() -> None:
-    from rayllava.prompt.chat import TEMPLATES
-
     from rayllava.checkpoint.layouts import LAYOUTS
     from rayllava.data.sources import SOURCES as sources
     from rayllava.evals.benchmark import BENCHMARKS
     from rayllava.families import FAMILIES
+    from rayllava.prompt.chat import TEMPLATES
 
     shelves: list[Shelf] = [LAYOUTS, sources, BENCHMARKS, FAMILIES]
     for shelf in shelves:

@@ -36,7 +36,7 @@ def test_a_group_that_is_empty_can_be_filled() -> None:
         ("scale.workers=4:2", "scale.workers=4:2: give N or MIN:MAX with 1 <= MIN <= MAX"),
         ("scale.zero=7", "scale.zero=7: input should be 0, 1, 2 or 3"),
         ("scale.zero=0 scale.dtype=bfloat16", "scale: zero=0 is for float32"),
-        ("data.atom=1000", "data.atom=1000 exceeds data.global_batch=64; lower it"),
+        ("data.atom=1000", "data.atom=1000 exceeds data.global_batch=32; lower it"),
         ("seed.x=1", "seed.x=1: seed has no fields of its own"),
         ("hello", "'hello' is not field.path=value"),
     ],

@@ -40,7 +40,7 @@ def test_no_held_out_scan_lies_in_a_training_picture(folder: Path, placed: dict[
     told = {Path(name).name for name in placed if name.startswith("train/")}
     assert told == {path.name for path in (folder / "train" / "images").iterdir()}
     for name, scans in placed.items():
-        indices = {scan["index"] for scan in scans}
+        indices = {scan["scan"] for scan in scans}
         assert indices <= held_out if name.startswith("eval/") else not indices & held_out, name
 
 
@@ -56,8 +56,8 @@ def test_the_pixels_bear_out_what_the_provenance_says(folder: Path, placed: dict
         for scan in noted if name.startswith("train/") else []:
             crop = ink_of(folder, name, scan["box"]).ravel()
             likeness = scans @ (crop - crop.mean())
-            found.append(int(likeness.argmax()) == scan["index"])
-            assert not held_out[likeness.argmax()] or likeness.max() - likeness[scan["index"]] < 0.05
+            found.append(int(likeness.argmax()) == scan["scan"])
+            assert not held_out[likeness.argmax()] or likeness.max() - likeness[scan["scan"]] < 0.05
     assert len(found) >= 600
     assert np.mean(found) >= 0.98, f"only {np.mean(found):.3f} of the crops show the noted scan"
 

@@ -135,7 +135,7 @@ def killed_and_finished(
 
 
 def test_a_killed_run_continues_to_its_end(killed_and_finished: tuple[Path, list[dict[str, float]]]) -> None:
-    out, before = killed_and_finished
+    out, _ = killed_and_finished
     after = read_metrics(out / "metrics.jsonl")
     assert [entry["step"] for entry in after] == list(range(1, 19))
     assert {entry["num_samples"] for entry in after} == {10}

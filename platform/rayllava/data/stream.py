@@ -42,7 +42,7 @@ def rows(run_dir: Path, decision: Decision) -> Dataset:
     num_steps = manifest.num_steps - decision.cursor
     dataset = ray.data.range(num_steps, override_num_blocks=max(1, num_steps))
     dataset = dataset.map_batches(
-        step_rows,
+        step_rows,  # type: ignore[arg-type]  # the stub knows no fn_kwargs
         batch_size=None,
         fn_kwargs={"run_dir": str(run_dir), "attempt": decision.attempt},
         num_cpus=1,

@@ -3,21 +3,23 @@
     1,797 scans  -> 20 % held out   -> eval/textvqa, eval/pope   in the benchmarks' own file formats
                  -> the other 80 %  -> train/                    LLaVA JSON for both stages
 
-A picture shows two to four scans on a `Layout`. provenance.json says which scan lies where, so that anyone can
+A picture shows two or four scans on a `Layout`. provenance.json says which scan lies where, so that anyone can
 check that no benchmark digit was trained on.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedGroupKFold
+
+from rayllava import durable
 
 IMAGE = "<image>\n"
 WORD = "\nAnswer the question using a single word or phrase."
@@ -39,11 +41,9 @@ class Layout:
     """Fraction of the training pictures."""
 
 
-GRID = Layout(2, 2, ("top-left", "top-right", "bottom-left", "bottom-right"), 0.46)
-PAIR = Layout(1, 2, ("left", "right"), 0.19)
-TRIPLE = Layout(1, 3, ("left", "middle", "right"), 0.27)
-COLUMN = Layout(2, 1, ("top", "bottom"), 0.08)
-LAYOUTS = (GRID, PAIR, TRIPLE, COLUMN)
+GRID = Layout(2, 2, ("top-left", "top-right", "bottom-left", "bottom-right"), 0.6)
+PAIR = Layout(1, 2, ("left", "right"), 0.4)
+LAYOUTS = (GRID, PAIR)
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,20 @@ class Scene:
     digits: tuple[int, ...]
 
 
-def make_pictures(out_dir: Path, *, seed: int = 0, num_train: int = 6000, num_eval: int = 450) -> None:
+def make_pictures(out_dir: Path, *, seed: int = 0, num_train: int = 10_000, num_eval: int = 450) -> None:
     """Write training pictures, both stages' dialogues, two benchmarks and their provenance to `out_dir`.
 
     `num_eval` questions per benchmark, a multiple of 6. The folder appears complete or not at all.
     """
-    part_dir = out_dir.with_name(out_dir.name + ".part")
-    shutil.rmtree(part_dir, ignore_errors=True)
-    part_dir.mkdir(parents=True)
+    assert num_eval % 6 == 0, f"{num_eval} questions do not fall into halves and thirds"
     rng = Random(seed)
     train, held_out = split_scans()
-    easel = _Easel(part_dir, rng)
-    _write_train(easel, train, num_train)
-    _write_textvqa(easel, held_out, num_eval)
-    _write_pope(easel, held_out, num_eval)
-    _dump(part_dir / "provenance.json", {"held_out": held_out, "pictures": easel.placed})
-    part_dir.rename(out_dir)
+    with durable.new_dir(out_dir) as folder:
+        easel = _Easel(folder, rng)
+        _write_train(easel, train, num_train)
+        _write_textvqa(easel, held_out, num_eval)
+        _write_pope(easel, held_out, num_eval)
+        _dump(folder / "provenance.json", {"held_out": held_out, "pictures": easel.placed})
 
 
 def split_scans() -> tuple[list[int], list[int]]:
@@ -89,12 +87,14 @@ def caption(scene: Scene) -> str:
 
 
 def dialogue(scene: Scene, rng: Random) -> list[tuple[str, str]]:
-    """Questions and answers about one picture; only the first question says how to answer, as in LLaVA's data."""
-    kinds = [place_question] * 3 + [count_question] * 2 + [yesno_question] * 6
-    kinds += [read_question] * 2 if scene.layout.rows == 1 else [place_question]
+    """Questions and answers about one picture; only the first short one says how to answer, as in LLaVA's data."""
+    kinds = [place_question] * 2 + [count_question] * 2 + [yesno_question] * 8
+    kinds += [read_question] if scene.layout is PAIR else []
     asked = dict(kind(scene, rng) for kind in kinds)  # equal questions fall together
     turns = list(asked.items())
     rng.shuffle(turns)
+    if rng.random() < 0.3:
+        return [("Describe the image.", caption(scene)), *turns]
     question, answer = turns[0]
     hint = NO_OCR if answer not in _YESNO and rng.random() < 0.6 else ""
     return [(question + hint + WORD, answer), *turns[1:]]
@@ -144,7 +144,7 @@ class _Easel:
     def __init__(self, root: Path, rng: Random) -> None:
         self.root = root
         self.rng = rng
-        self.placed: dict[str, list[dict[str, object]]] = {}
+        self.placed: dict[str, list[dict[str, Any]]] = {}
         digits = load_digits()
         self.coverage = digits.images / digits.images.max()  # (1797, 8, 8), 1 is full ink
         self.target = digits.target
@@ -183,11 +183,11 @@ def _write_train(easel: _Easel, scans: list[int], num: int) -> None:
         dialogues.append(_sample(f"dialogue-{i:05d}", name, dialogue(scene, rng)))
     dialogues += [_sample(f"text-{i:05d}", None, text_dialogue(rng)) for i in range(num // 30)]
     rng.shuffle(dialogues)
-    _dump(easel.root / "train/pretrain.json", captions)
+    _dump(easel.root / "train/pretrain.json", captions[: num * 2 // 5])  # the projector needs no more
     _dump(easel.root / "train/finetune.json", dialogues)
 
 
-def _sample(name: str, image: str | None, turns: list[tuple[str, str]]) -> dict[str, object]:
+def _sample(name: str, image: str | None, turns: list[tuple[str, str]]) -> dict[str, Any]:
     said = [
         (IMAGE if image else "") + turns[0][0],
         turns[0][1],
@@ -200,30 +200,20 @@ def _sample(name: str, image: str | None, turns: list[tuple[str, str]]) -> dict[
 def _write_textvqa(easel: _Easel, scans: list[int], num: int) -> None:
     rng, deal = easel.rng, _deal(scans, easel.rng)
     out_dir = easel.root / "eval/textvqa"
-    questions, truths = [], []
+    questions: list[dict[str, Any]] = []
+    truths: list[dict[str, Any]] = []
     for i in range(num // 3):
-        # A row answers "read"; the other two kinds take turns between the same row and a grid of their own.
-        row = PAIR if i % 3 == 0 else TRIPLE
-        asked = [(row, (("read", read_question), ("place", place_question)))]
-        asked += [(GRID, (("count", count_question),))]
-        if i % 2:
-            asked = [(row, (("read", read_question), ("count", count_question)))]
-            asked += [(GRID, (("place", place_question),))]
-        for layout, kinds in asked:
-            name = f"digits{i:03d}{'r' if layout is row else 'g'}"
+        # A pair answers "read"; the other two kinds take turns between the same pair and a grid of their own.
+        other, alone = (place_question, count_question) if i % 2 == 0 else (count_question, place_question)
+        for layout, kinds in ((PAIR, (read_question, other)), (GRID, (alone,))):
+            name = f"digits{i:03d}{'p' if layout is PAIR else 'g'}"
             scene = easel.paint(f"eval/textvqa/train_images/{name}.jpg", layout, [next(deal) for _ in layout.places])
-            for category, kind in kinds:
+            for kind in kinds:
                 question, answer = kind(scene, rng)
-                text = question + NO_OCR + WORD
-                key = {"question_id": name}
-                questions.append(key | {"image": f"{name}.jpg", "text": text, "category": category})
-                truth = {
-                    "question_id": len(truths),
-                    "image_id": name,
-                    "question": question,
-                    "answers": [answer] * 10,
-                }
-                truths.append(truth)
+                line = {"question_id": name, "image": f"{name}.jpg", "text": question + NO_OCR + WORD}
+                questions.append(line | {"category": kind.__name__.removesuffix("_question")})
+                truth = {"image_id": name, "question": question, "answers": [answer] * 10}
+                truths.append({"question_id": len(truths)} | truth)
     _dump_lines(out_dir / "llava_textvqa_val_v051_ocr.jsonl", questions)
     _dump(out_dir / "TextVQA_0.5.1_val.json", {"dataset_name": "digits", "dataset_type": "val", "data": truths})
 
@@ -231,18 +221,18 @@ def _write_textvqa(easel: _Easel, scans: list[int], num: int) -> None:
 def _write_pope(easel: _Easel, scans: list[int], num: int) -> None:
     rng, deal = easel.rng, _deal(scans, easel.rng)
     out_dir = easel.root / "eval/pope"
-    questions = []
+    questions: list[dict[str, Any]] = []
     for c, category in enumerate(("adversarial", "popular", "random")):
-        labels = []
+        labels: list[dict[str, Any]] = []
         for i in range(num // 6):
             name = f"COCO_val2014_{c:06d}{i:06d}.jpg"
-            layout = (GRID, GRID, TRIPLE)[i % 3]
+            layout = (GRID, GRID, PAIR)[i % 3]
             scene = easel.paint(f"eval/pope/val2014/{name}", layout, [next(deal) for _ in layout.places])
             for digit, label in ((rng.choice(scene.digits), "yes"), (_absent_by(category, scene, rng), "no")):
-                line = {"question_id": len(labels) + 1, "image": name, "text": presence_question(digit)}
-                labels.append(line | {"label": label})
-                asked = {"question_id": c * 10_000_000 + len(labels), "text": line["text"] + WORD}
-                questions.append(line | asked | {"category": category})
+                text = presence_question(digit)
+                labels.append({"question_id": len(labels) + 1, "image": name, "text": text, "label": label})
+                asked = {"question_id": c * 10_000_000 + len(labels), "image": name, "text": text + WORD}
+                questions.append(asked | {"category": category})
         _dump_lines(out_dir / f"coco/coco_pope_{category}.json", labels)
     _dump_lines(out_dir / "llava_pope_test.jsonl", questions)
 
@@ -271,6 +261,6 @@ def _dump(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def _dump_lines(path: Path, rows: list[dict[str, object]]) -> None:
+def _dump_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

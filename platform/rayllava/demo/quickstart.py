@@ -121,10 +121,10 @@ class Quickstart:
             model = client.models.list().data[0].id
             for question, expected in zip(asked, offline, strict=True):
                 picture = (self.pictures / "eval" / OPEN / "train_images" / question["image"]).read_bytes()
-                messages = _messages(question["text"], picture)
+                turns = (Turn("user", f"{IMAGE_MARK}\n{question['text']}"),)
                 options: dict[str, Any] = {
                     "model": model,
-                    "messages": messages,
+                    "messages": messages(turns, (picture,)),
                     "temperature": 0,
                     "max_tokens": 16,
                 }

@@ -23,10 +23,10 @@ def pretrain() -> Recipe:
         model=ModelSpec(llm="runs/quickstart/parts/llm", vision="runs/quickstart/parts/vision", family="vicuna"),
         prompt=PromptSpec(template="plain", max_length=256),
         tuning=Projector(),
-        data=DataSpec(global_batch=64, atom=32),
+        data=DataSpec(global_batch=32, atom=16),
         optim=OptimSpec(lr=2e-3),
         scale=_SCALE,
-        save=SaveSpec(every=50),
+        save=SaveSpec(every=100),
     )
 
 
@@ -36,6 +36,7 @@ def finetune() -> Recipe:
         model=None,
         prompt=PromptSpec(template="vicuna_v1", max_length=512),
         tuning=Full(),
-        optim=OptimSpec(lr=1e-3),
+        data=DataSpec(global_batch=16, atom=8),
+        optim=OptimSpec(lr=1.5e-3),
         scale=_SCALE.but(zero=3),
     )
