@@ -57,9 +57,7 @@ def warm_up_language(
     optimizer = Optimizer(llm, lr=4e-3, num_steps=num_steps)
     losses: list[float] = []
     for step in range(1, num_steps + 1):
-        ids, labels = _pad(
-            [_text(tokenizer, rng, notes=0.85 if step <= 0.45 * num_steps else 0.1) for _ in range(batch)]
-        )
+        ids, labels = _pad([_text(tokenizer, rng, progress=step / num_steps) for _ in range(batch)])
         # Padding stands on the right and causal attention never looks there: no mask is needed.
         logits = llm(input_ids=ids).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
@@ -72,16 +70,21 @@ def warm_up_language(
     return float(np.mean(losses[-100:]))
 
 
-def _text(tokenizer: PreTrainedTokenizerFast, rng: Random, *, notes: float) -> tuple[list[int], list[int]]:
-    """One text of the domain as ids and labels: a scene in shorthand and its caption, notes or dialogue."""
+def _text(tokenizer: PreTrainedTokenizerFast, rng: Random, *, progress: float) -> tuple[list[int], list[int]]:
+    """One text about a scene in shorthand, as ids and labels.
+
+    First captions and notes, then bare questions, then dialogues: each prepares what the next one needs, and without
+    the steps between, some skills are not learned at all.
+    """
     layout = rng.choices(LAYOUTS, [layout.share for layout in LAYOUTS])[0]
     scene = Scene(layout, tuple(rng.randrange(10) for _ in layout.places))
-    typed = _shorthand(scene, rng)
-    kind = rng.random()
+    typed, kind = _shorthand(scene, rng), rng.random()
     if kind < 0.15:
         pieces = [(typed, False), (caption(scene) + "\n", True)]
-    elif kind < 0.15 + notes:
+    elif progress <= 0.45 or kind < 0.2:
         pieces = [(typed, False), *_notes(scene, rng)]
+    elif progress <= 0.75 and kind < 0.6:
+        pieces = [(typed, False), *_bare(dialogue(scene, rng))]
     elif kind < 0.95:
         pieces = _dialogue_pieces(typed + "\n", dialogue(scene, rng))
         if rng.random() < 0.5:
@@ -106,6 +109,14 @@ def _notes(scene: Scene, rng: Random) -> list[tuple[str, bool]]:
         facts.append((" number", " " + "".join(map(str, scene.digits))))
     rng.shuffle(facts)
     return [piece for subject, fact in facts for piece in ((subject, False), (fact, True), (",", False))]
+
+
+def _bare(turns: list[tuple[str, str]]) -> list[tuple[str, bool]]:
+    return [
+        piece
+        for question, answer in turns
+        for piece in ((f" {question.splitlines()[0]}", False), (f" {answer}</s>", True))
+    ]
 
 
 def _dialogue_pieces(opening: str, turns: list[tuple[str, str]]) -> list[tuple[str, bool]]:

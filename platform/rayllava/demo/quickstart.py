@@ -113,7 +113,7 @@ class Quickstart:
 
         from rayllava.generate.ask import messages
 
-        asked = self.questions(OPEN)[::60][:6]
+        asked = self.questions(OPEN)[::70][:6]
         offline = _offline(self.out / "finetune" / "export", asked, self.pictures / "eval" / OPEN)
         answers = []
         with self.serve(self.out / "finetune" / "export", quant="nf4") as url:

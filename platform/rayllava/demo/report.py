@@ -18,14 +18,15 @@ _NUM_PICTURES = 24
 
 def write_report(out: Path, report: dict[str, Any]) -> None:
     """Write OUT/report.html from what report.json says and the run folders beside it."""
-    scores = {"Open answers": report["scores"]["open_answer"], "Yes or no": report["scores"]["yes_no"]}
-    kinds = {f"&nbsp;&nbsp;{html.escape(kind)}": row for kind, row in report["kinds"].items()}
+    kinds = {f"&nbsp;&nbsp;&nbsp;{html.escape(kind)}": row for kind, row in report["kinds"].items()}
+    open_answer, yes_no = report["scores"]["open_answer"], report["scores"]["yes_no"]
+    scores = {"Open answers": open_answer, **kinds, "Yes or no": yes_no}
     total = report["total_seconds"]
     body = f"""<h1>RayLLaVA quickstart</h1>
-<p>A LLaVA of a few million parameters, trained from scikit-learn's handwritten digits to an OpenAI-compatible
+<p>A very small LLaVA, trained from scikit-learn's handwritten digits to an OpenAI-compatible
 endpoint in {total / 60:.1f} minutes. Everything below is about digits that no training step has seen.</p>
 <h2>Scores</h2>
-{_table(["", *_COLUMNS.values()], [[name, *_cells(row)] for name, row in (scores | kinds).items()])}
+{_table(["", *_COLUMNS.values()], [[name, *_cells(row)] for name, row in scores.items()])}
 <h2>Loss</h2>
 {_curves(out)}
 <h2>Held-out pictures</h2>
@@ -93,7 +94,9 @@ def _wall(out: Path) -> str:
     truths = json.loads((folder / "TextVQA_0.5.1_val.json").read_text())["data"]
     questions = list(PLUG.questions(folder))
     figures = []
-    for number in range(0, len(questions), max(1, len(questions) // _NUM_PICTURES)):
+    stride = max(1, len(questions) // _NUM_PICTURES)
+    stride += stride % 3 == 0  # the three kinds of questions take turns: show all of them
+    for number in range(0, len(questions), stride):
         question, truth = questions[number], truths[number]["answers"][0]
         answer = predictions[question.id].text.strip()
         right = normalise_m4c(answer) == normalise_m4c(truth)
