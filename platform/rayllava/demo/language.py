@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rayllava.demo.optimizer import Optimizer
-from rayllava.demo.pictures import GRID, LAYOUTS, PAIR, Scene, caption, dialogue, text_dialogue
+from rayllava.demo.pictures import GRID, LAYOUTS, PAIR, Scene, caption, dialogue, presence_questions, text_dialogue
 from rayllava.demo.tower import patch_places
 from rayllava.prompt.chat import TEMPLATES
 from rayllava.records import IGNORE
@@ -33,7 +33,7 @@ _LETTERS = {GRID: "abcd", PAIR: "ef"}
 
 
 def warm_up_language(
-    out_dir: Path, *, rng: Random, say: Callable[[str], None], num_steps: int = 700, batch: int = 12
+    out_dir: Path, *, rng: Random, say: Callable[[str], None], num_steps: int = 850, batch: int = 12
 ) -> float:
     """Write a LlamaForCausalLM and its tokenizer; return its mean loss at the end."""
     tokenizer = _train_tokenizer(rng)
@@ -73,18 +73,18 @@ def warm_up_language(
 def _text(tokenizer: PreTrainedTokenizerFast, rng: Random, *, progress: float) -> tuple[list[int], list[int]]:
     """One text about a scene in shorthand, as ids and labels.
 
-    First captions and notes, then bare questions, then dialogues: each prepares what the next one needs, and without
-    the steps between, some skills are not learned at all.
+    First captions and notes, then bare questions, then dialogues: each prepares what the next one needs. Without the
+    steps between, and questions about presence above all, some skills come late or never.
     """
     layout = rng.choices(LAYOUTS, [layout.share for layout in LAYOUTS])[0]
     scene = Scene(layout, tuple(rng.randrange(10) for _ in layout.places))
     typed, kind = _shorthand(scene, rng), rng.random()
-    if kind < 0.15:
+    if kind < 0.12:
         pieces = [(typed, False), (caption(scene) + "\n", True)]
-    elif progress <= 0.45 or kind < 0.2:
+    elif progress <= 0.35 or kind < 0.17:
         pieces = [(typed, False), *_notes(scene, rng)]
-    elif progress <= 0.75 and kind < 0.6:
-        pieces = [(typed, False), *_bare(dialogue(scene, rng))]
+    elif progress <= 0.7 and kind < 0.75:
+        pieces = [(typed, False), *_bare(presence_questions(scene, rng) if kind < 0.55 else dialogue(scene, rng))]
     elif kind < 0.95:
         pieces = _dialogue_pieces(typed + "\n", dialogue(scene, rng))
         if rng.random() < 0.5:

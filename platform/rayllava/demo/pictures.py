@@ -124,6 +124,15 @@ def yesno_question(scene: Scene, rng: Random) -> tuple[str, str]:
     return presence_question(rng.choice(alike if alike and rng.random() < 0.5 else absent)), "no"
 
 
+def presence_questions(scene: Scene, rng: Random) -> list[tuple[str, str]]:
+    """Ask after every digit that is there and after as many that are not."""
+    there = sorted(set(scene.digits))
+    turns = [(presence_question(digit), "yes") for digit in there]
+    turns += [(presence_question(digit), "no") for digit in rng.sample(_absent(scene), len(there))]
+    rng.shuffle(turns)
+    return turns
+
+
 def presence_question(digit: int) -> str:
     return f"Is there {'an' if digit == 8 else 'a'} {digit} in the image?"
 
