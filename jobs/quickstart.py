@@ -8,6 +8,7 @@ Finished phases are reused; after a kill the same command continues.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def main(argv: list[str]) -> None:
         for name in ("tiny.pretrain", "tiny.finetune"):
             print(driver.show(recipe.load(name)))
         return
-    sys.path.insert(0, str(ROOT))  # `serving` stands beside `jobs` and is no installed package
+    # `serving` stands beside `jobs` and is no installed package: for this process, and for Ray's.
+    sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with driver.connect(words.address, num_cpus=CPUS):
         from serving.local import serve_locally
 
