@@ -32,9 +32,8 @@ def main(argv: list[str]) -> None:
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with driver.connect(words.address, num_cpus=CPUS):
-        from serving.local import serve_locally
-
         from rayllava.demo.quickstart import Quickstart
+        from serving.local import serve_locally
 
         report = Quickstart(Path(words.out), serve_locally).run()
     for name, row in report["scores"].items():
