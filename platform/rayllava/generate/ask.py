@@ -1,7 +1,7 @@
 """Somebody to put a question to: a model in this process, or an endpoint that speaks OpenAI's language.
 
-    ask = folder(Path("runs/finetune"), spec)  or  endpoint("http://127.0.0.1:8000", spec)
-    for piece in ask(turns, images): ...
+ask = folder(Path("runs/finetune"), spec)  or  endpoint("http://127.0.0.1:8000", spec)
+for piece in ask(turns, images): ...
 """
 
 from __future__ import annotations

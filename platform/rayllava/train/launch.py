@@ -35,7 +35,6 @@ _FREE_TO_CHANGE = ("scale", "save", "fresh", "name")
 """Parts of a recipe that a continued run may state differently: they do not change what is computed."""
 
 
-
 def prepare(recipe: Recipe) -> RunManifest:
     """Open RUN: check all that can be checked before a cluster is used, then write its manifest and tokenizer.
 
