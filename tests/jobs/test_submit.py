@@ -69,7 +69,12 @@ def submit(head: str, *words: str) -> subprocess.CompletedProcess[str]:
     command = [str(BIN / "ray"), "job", "submit", "--address", head, "--working-dir", "."]
     command += ["--runtime-env", "cluster/runtime_env.yaml", "--", *words]
     env = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    for _ in range(60):  # the head answers a little before the agent that runs jobs does
+        job = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+        if "No available agent" not in job.stderr:
+            break
+        time.sleep(1)
+    return job
 
 
 def test_a_finetuning_job_runs_to_its_end(head: str, parts: ModelSpec, tmp_path: Path) -> None:

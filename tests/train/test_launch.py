@@ -29,8 +29,8 @@ def words(parts: ModelSpec, shards: Path, out: Path) -> list[str]:
         "model.family=vicuna",
         "data.global_batch=10",
         "data.atom=2",
-        "data.epochs=3",
-        "save.every=4",
+        "data.epochs=20",
+        "save.every=7",
     ]
 
 
@@ -98,7 +98,7 @@ def test_an_unfinished_first_stage_is_no_start(parts: ModelSpec, dialogues: Path
         recipe.load("tiny.finetune"),
         [f"data={dialogues}", f"out={tmp_path / 'second'}", f"init_from={tmp_path / 'first'}"],
     )
-    with pytest.raises(ValueError, match=r"init_from=.*first has done 0 of its 18 steps; run its command again"):
+    with pytest.raises(ValueError, match=r"init_from=.*first has done 0 of its 120 steps; run its command again"):
         launch.prepare(made)
 
 
@@ -115,14 +115,14 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 def killed_and_finished(
     parts: ModelSpec, dialogues: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[dict[str, float]]]:
-    """A run of 18 steps, killed after step 6 with two workers, finished with one; and its metrics before."""
+    """A run of 120 steps, killed after step 10 with two workers, finished with one; and its metrics before."""
     out = tmp_path_factory.mktemp("killed") / "run"
     metrics = out / "metrics.jsonl"
     driver = start(*words(parts, dialogues, out))
     deadline = time.monotonic() + 120
-    while len(read_metrics(metrics)) < 6:
+    while len(read_metrics(metrics)) < 10:
         assert driver.poll() is None, driver.stdout and driver.stdout.read()
-        assert time.monotonic() < deadline, "no six steps in two minutes"
+        assert time.monotonic() < deadline, "no ten steps in two minutes"
         time.sleep(0.02)
     os.kill(driver.pid, signal.SIGKILL)
     driver.communicate(timeout=60)
@@ -137,11 +137,12 @@ def killed_and_finished(
 def test_a_killed_run_continues_to_its_end(killed_and_finished: tuple[Path, list[dict[str, float]]]) -> None:
     out, _ = killed_and_finished
     after = read_metrics(out / "metrics.jsonl")
-    assert [entry["step"] for entry in after] == list(range(1, 19))
+    assert [entry["step"] for entry in after] == list(range(1, 121))
     assert {entry["num_samples"] for entry in after} == {10}
     second = store.read_decision(out, 2)
-    assert second.cursor in (4, 8, 12, 16) and second.checkpoint == f"step-{second.cursor:06d}"
-    assert [entry["world_size"] for entry in after] == [2] * second.cursor + [1] * (18 - second.cursor)
+    assert 7 <= second.cursor < 120 and second.cursor % 7 == 0
+    assert second.checkpoint == f"step-{second.cursor:06d}"
+    assert [entry["world_size"] for entry in after] == [2] * second.cursor + [1] * (120 - second.cursor)
     assert store.read_run(out).finished
 
 
@@ -188,7 +189,7 @@ def test_a_finished_run_is_left_alone(
     before = (out / "metrics.jsonl").read_bytes()
     again = start(*words(parts, dialogues, out))
     said, _ = again.communicate(timeout=120)
-    assert again.returncode == 0 and "is finished (18 steps); fresh=true starts it over" in said
+    assert again.returncode == 0 and "is finished (120 steps); fresh=true starts it over" in said
     assert (out / "metrics.jsonl").read_bytes() == before
 
 

@@ -89,7 +89,8 @@ def messages(turns: tuple[Turn, ...], images: tuple[bytes, ...]) -> Any:
         parts: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": _data_url(left.pop(0))}} for _ in range(marks)
         ]
-        made.append({"role": turn.role, "content": [*parts, {"type": "text", "text": text}] if parts else text})
+        user = turn.role == "user"
+        made.append({"role": turn.role, "content": [*parts, {"type": "text", "text": text}] if user else text})
     return made
 
 
