@@ -35,7 +35,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     temp_dir = Path("/tmp") / f"rl-head-{os.getpid()}"  # short: unix socket paths end at 107 characters
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={free_port()}", "--num-cpus=6"]
     command += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1"]
-    command += [f"--temp-dir={temp_dir}", "--disable-usage-stats"]
+    # Without a port of its own, the agent that runs jobs would meet that of another Ray on this machine.
+    command += [f"--temp-dir={temp_dir}", f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats"]
     env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
     log = (tmp_path_factory.mktemp("head") / "log.txt").open("w")
     node = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -69,7 +70,7 @@ def submit(head: str, *words: str) -> subprocess.CompletedProcess[str]:
     command = [str(BIN / "ray"), "job", "submit", "--address", head, "--working-dir", "."]
     command += ["--runtime-env", "cluster/runtime_env.yaml", "--", *words]
     env = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    for _ in range(60):  # the head answers a little before the agent that runs jobs does
+    for _ in range(10):  # the head answers a little before the agent that runs jobs does
         job = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
         if "No available agent" not in job.stderr:
             break
