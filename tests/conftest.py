@@ -15,7 +15,10 @@ from rayllava.recipe import ModelSpec
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A Ray cluster of this process alone, with four logical CPUs."""
+    from tests.data import store
+
     os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ.update(store.ENV)  # the workers that start below write to the tests' own store
     with driver.connect("local", num_cpus=4):
         yield
 
@@ -31,10 +34,13 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
 @pytest.fixture(scope="session")
 def dialogues(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shard folder of 60 little dialogues, two in three with a picture."""
+    from rayllava.data.ingest import ShardSpec
     from rayllava.data.sharding import write_shards
+    from rayllava.place import Place
     from tests.tiny import write_dialogues
 
     folder = tmp_path_factory.mktemp("dialogues")
     path = write_dialogues(folder / "raw", num=60)
-    write_shards("llava", path, folder / "shards", images_dir=folder / "raw" / "images")
+    spec = ShardSpec(images=str(folder / "raw" / "images"))
+    write_shards("llava", Place(str(path)), Place(str(folder / "shards")), spec=spec)
     return folder / "shards"

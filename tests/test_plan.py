@@ -23,7 +23,7 @@ LAYERS = [
     ["train", "generate"],
     ["data", "model"],
     ["checkpoint", "prompt", "recipes"],
-    ["families", "fetch"],
+    ["families", "fetch", "place"],
     ["records", "recipe", "shelf", "log", "durable", "progress"],
 ]
 """Import to a later line only, never from a neighbour on the same line."""

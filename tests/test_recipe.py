@@ -37,6 +37,12 @@ def test_a_group_that_is_empty_can_be_filled() -> None:
         ("scale.zero=7", "scale.zero=7: input should be 0, 1, 2 or 3"),
         ("scale.zero=0 scale.dtype=bfloat16", "scale: zero=0 is for float32"),
         ("data.atom=1000", "data.atom=1000 exceeds data.global_batch=32; lower it"),
+        (
+            "data.max_tokens=100",
+            "data.max_tokens=100 is less than prompt.max_length=256, the longest example; use at least 256",
+        ),
+        ("data.max_tokens=1", "data.max_tokens=1: input should be greater than or equal to 8"),
+        ("data.group=both", "data.group=both: input should be 'none', 'modality' or 'length'"),
         ("seed.x=1", "seed.x=1: seed has no fields of its own"),
         ("hello", "'hello' is not field.path=value"),
     ],

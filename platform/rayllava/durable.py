@@ -88,6 +88,11 @@ def digest(path: Path) -> str:
     return hasher.hexdigest()
 
 
+def digest_bytes(content: bytes) -> str:
+    """Return what `digest` returns for a file of these bytes."""
+    return hashlib.blake2b(content, digest_size=32).hexdigest()
+
+
 def digest_of(value: Any) -> str:
     """Return a hex digest of a JSON value, independent of key order."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

@@ -62,6 +62,9 @@ class PromptSpec(Spec):
     then cut the centre (LLaVA's default in pretraining)."""
     image_at: Literal["front", "written"] = "front"
     """front: the marks of a user turn move to its beginning, as LLaVA and XTuner do; written: they stay."""
+    pixels: Literal["exact", "fast"] = "exact"
+    """exact: pixels equal the reference processors' to the bit; fast: another JPEG decoder and resampler, off by one
+    grey level in a few hundredths of the pixels."""
     max_length: int = Field(2048, ge=8)
     """Most positions of an example, image tokens included."""
 
@@ -113,6 +116,14 @@ class DataSpec(Spec):
     """Samples an optimizer step averages over, whatever the number of workers."""
     atom: int = Field(16, ge=1)
     """Most samples in one forward pass. Part of what a step computes: never follows the workers."""
+    max_tokens: int | None = Field(None, ge=8)
+    """Packing: instead of `atom` samples, a forward pass takes one row of examples end to end, at most so many
+    positions, none of which sees another example."""
+    group: Literal["none", "modality", "length"] = "none"
+    """modality: a step has only samples with pictures or only samples without, the longest first, as LLaVA's
+    group_by_modality_length; length: and of like lengths, as XTuner's sampler. Left-overs of both share a step."""
+    group_window: int = Field(50, ge=1)
+    """Steps that are grouped together. More of them group better, and scatter a step's rows wider over the shards."""
     tail: Literal["short", "drop", "repeat"] = "short"
     """The last, incomplete step of an epoch: short, left out, or filled from the epoch's beginning."""
     budget: float = Field(0.001, ge=0, le=1)
@@ -208,6 +219,11 @@ class Recipe(Spec):
         if self.data.atom > self.data.global_batch:
             raise ValueError(
                 f"data.atom={self.data.atom} exceeds data.global_batch={self.data.global_batch}; lower it"
+            )
+        if self.data.max_tokens is not None and self.data.max_tokens < self.prompt.max_length:
+            raise ValueError(
+                f"data.max_tokens={self.data.max_tokens} is less than prompt.max_length={self.prompt.max_length}, "
+                f"the longest example; use at least {self.prompt.max_length}"
             )
         return self
 

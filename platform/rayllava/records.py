@@ -59,18 +59,24 @@ class Example:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Right-padded examples that go through the model together: one atom of a step."""
+    """Examples that go through the model together: one atom of a step.
+
+    They stand in rows of their own, padded on the right, or packed end to end in one row without padding.
+    """
 
     ids: NDArray[np.int32]
     """(B, T)"""
     labels: NDArray[np.int32]
     """(B, T), -100 on padding"""
+    positions: NDArray[np.int32]
+    """(B, T) place of every id in its own example: 0, 1, 2, ... and 0 again where a packed row's next one begins.
+    Padding counts on."""
     lengths: NDArray[np.int32]
     """(B,) positions of each row that are not padding"""
     pixels: NDArray[np.uint8]
     """(N, 3, S, S) pictures of all rows in textual order"""
     sample_ids: tuple[str, ...]
-    """One id a row; empty for a dummy, which weighs nothing and keeps the ranks in step."""
+    """One id an example; empty for a dummy, which weighs nothing and keeps the ranks in step."""
 
     @property
     def num_targets(self) -> int:

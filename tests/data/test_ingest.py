@@ -10,6 +10,7 @@ from PIL import Image
 
 from rayllava.data.ingest import ShardSpec, check, load, settle
 from rayllava.data.sources import Record
+from rayllava.place import Place
 from rayllava.recipe import override
 from rayllava.records import Turn
 
@@ -86,7 +87,7 @@ def test_a_loaded_sample_holds_the_files_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "a.jpg").write_bytes(png("red"))
     (tmp_path / "b" / "c.png").write_bytes(png("blue"))
-    sample = load(record("u:<image><image>", "a:2", images=("a.jpg", "b/c.png")), tmp_path)
+    sample = load(record("u:<image><image>", "a:2", images=("a.jpg", "b/c.png")), Place(str(tmp_path)))
     assert sample.images == (png("red"), png("blue"))
 
 
@@ -103,13 +104,13 @@ def test_a_picture_that_cannot_be_decoded_is_a_reason(tmp_path: Path, content: b
     if content is not None:
         (tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=reason):
-        load(record("u:<image>", "a:2", images=("x.jpg",)), tmp_path)
+        load(record("u:<image>", "a:2", images=("x.jpg",)), Place(str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["", "a" * 300 + ".jpg", "\0.jpg"])
 def test_a_path_that_names_no_file_is_a_reason(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"is missing|cannot be read"):
-        load(record("u:<image>", "a:2", images=(name,)), tmp_path)
+        load(record("u:<image>", "a:2", images=(name,)), Place(str(tmp_path)))
 
 
 def test_the_budget_is_a_share_but_small_sets_may_lose_ten() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
+import tracemalloc
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 
-from rayllava.data.plan import Atom, Plan, Tail, permutation
+from rayllava.data.order import permutation
+from rayllava.data.plan import GROUP, WINDOW, Atom, Group, Plan, Tail, packed
 
 
 def plans() -> list[Plan]:
@@ -131,10 +134,11 @@ GOLDEN = [7, 5, 9, 1, 4, 2, 6, 0, 3, 8]
 
 
 def test_rows_of_a_group_are_read_within_one_window() -> None:
-    plan = Plan(32 * 100, seed=3, global_batch=32, atom=8)
+    plan = Plan(GROUP * 100, seed=3, global_batch=32, atom=8)
     order = plan.order(0).rows(0, plan.num_samples)
-    for start in range(0, plan.num_samples, 32 * 16):
-        assert len(set(order[start : start + 32 * 16] // 32)) == min(16, 100 - start // 32)
+    for start in range(0, plan.num_samples, GROUP * WINDOW):
+        stop = start + GROUP * WINDOW
+        assert len(set(order[start:stop] // GROUP)) == min(WINDOW, 100 - start // GROUP)
 
 
 def test_the_shuffle_reaches_over_all_shards() -> None:
@@ -176,9 +180,69 @@ def test_a_plan_without_a_step_is_refused() -> None:
         Plan(0, seed=0, global_batch=4, atom=1)
 
 
-def test_ten_million_samples_open_and_jump_at_once() -> None:
-    started = time.perf_counter()
-    plan = Plan(10_000_000, np.ones(10_000_000, np.uint16), seed=1, global_batch=128, epochs=3, atom=16)
-    assert len(plan.step(plan.num_steps // 2).samples) == 128
-    assert len(plan.share(plan.num_steps - 1, 8)) == 8
-    assert time.perf_counter() - started < 2
+def test_ten_million_samples_open_and_jump_at_once(tmp_path: Path) -> None:
+    num = 10_000_000
+    lengths = np.lib.format.open_memmap(tmp_path / "lengths.npy", "w+", np.uint16, (num,))
+    images = np.lib.format.open_memmap(tmp_path / "images.npy", "w+", np.uint16, (num,))
+    lengths[:] = np.arange(num) % 1000 + 30
+    images[::3] = 1
+    group_rows = np.full(num // 32, 32)
+    words = {"seed": 1, "global_batch": 128, "epochs": 3, "atom": 16, "group_rows": group_rows, "max_length": 2048}
+    for group, max_tokens in itertools.product(get_args(Group), (None, 4096)):
+        tracemalloc.start()
+        started = time.perf_counter()
+        plan = Plan(num, lengths, images=images, group=group, max_tokens=max_tokens, **words)  # type: ignore[arg-type]
+        assert len(plan.step(plan.num_steps // 2).samples) == 128
+        assert len(plan.share(plan.num_steps - 1, 8)) == 8
+        seconds, (_, peak) = time.perf_counter() - started, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert seconds < 3, f"{seconds:.1f} s with group={group}, max_tokens={max_tokens}"
+        assert peak < 40e6, f"{peak / 1e6:.0f} MB with group={group}, max_tokens={max_tokens}"
+
+
+# -- packing -----------------------------------------------------------------------------------------------
+
+
+def packing(num_samples: int = 500, **changes: object) -> Plan:
+    lengths = np.random.default_rng(0).integers(10, 200, num_samples)
+    words = {"seed": 1, "global_batch": 64, "atom": 64, "max_tokens": 256, "max_length": 128} | changes
+    return Plan(num_samples, lengths, **words)  # type: ignore[arg-type]
+
+
+def test_packed_atoms_hold_what_the_limit_has_room_for() -> None:
+    plan = packing()
+    assert plan.lengths is not None
+    for k in range(plan.num_steps):
+        atoms = plan.atoms(k)
+        assert sorted(np.concatenate([a.samples for a in atoms])) == sorted(plan.step(k).samples)
+        for atom in atoms:
+            assert atom.cost == np.minimum(plan.lengths[atom.samples], 128).sum() <= 256
+        least = sum(atom.cost for atom in atoms) / 256
+        assert len(atoms) <= 1.25 * least + 1
+
+
+def test_packing_is_first_fit_with_the_longest_first() -> None:
+    assert [bin_.tolist() for bin_ in packed(np.array([2, 6, 3, 5, 4, 1]), 8)] == [[1, 0], [3, 2], [4, 5]]
+    assert [bin_.tolist() for bin_ in packed(np.array([5, 5, 5]), 9)] == [[0], [1], [2]]
+    with pytest.raises(AssertionError, match="an example of 10 positions for rows of 9"):
+        packed(np.array([1, 10]), 9)
+
+
+def test_packed_atoms_of_an_average_step_limit_the_workers() -> None:
+    plan = packing()
+    assert plan.lengths is not None
+    fit = -(-64 * np.minimum(plan.lengths, 128).sum() // (500 * 256))
+    assert plan.max_workers == fit and len(plan.share(0, plan.max_workers)) == fit
+    said = rf"scale.workers=99 is more than the {fit} atoms of a step; use at most {fit}, or lower data.max_tokens"
+    with pytest.raises(ValueError, match=said):
+        plan.share(0, 99)
+
+
+def test_grouping_and_packing_say_what_they_miss() -> None:
+    words = {"seed": 0, "global_batch": 2, "atom": 2}
+    with pytest.raises(AssertionError, match=r"data.group=length needs lengths and images"):
+        Plan(4, np.ones(4, int), group="length", **words)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match=r"data.max_tokens=9 needs the exact length of every sample"):
+        Plan(4, max_tokens=9, max_length=8, **words)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match=r"max_length=10 for max_tokens=9"):
+        Plan(4, np.ones(4, int), max_tokens=9, max_length=10, **words)  # type: ignore[arg-type]

@@ -7,18 +7,23 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from rayllava import durable
-from rayllava.data.plan import Plan
+from rayllava.data.ingest import ShardSpec
+from rayllava.data.plan import GROUP, Plan
 from rayllava.data.sharding import write_shards
 from rayllava.data.shards import SCHEMA, ShardManifest, ShardReader, write_parquet
+from rayllava.place import Place
 from rayllava.recipe import DataSpec
 from rayllava.records import Sample, Turn
 from tests.data.annotated import Folder
+
+ORIGIN = {"source": "a.json", "line": 1, "copy": 0}
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -30,8 +35,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Folder:
 
 @pytest.fixture(scope="module")
 def made(folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> ShardManifest:
-    out = tmp_path_factory.mktemp("made") / "shards"
-    return write_shards("llava", folder.annotations, out, images_dir=folder.images, rows_per_shard=70)
+    return cut(folder, tmp_path_factory.mktemp("made") / "shards", rows=70)
+
+
+def cut(folder: Folder, out: Path, **words: Any) -> ShardManifest:
+    spec = ShardSpec(images=str(folder.images), **words)
+    return write_shards("llava", Place(str(folder.annotations)), Place(str(out)), spec=spec)
 
 
 def rejected(out: Path) -> list[dict[str, object]]:
@@ -50,16 +59,26 @@ def test_every_record_is_there_once_with_its_pictures_bit_for_bit(folder: Folder
 
 def test_the_manifest_counts_and_digests(made: ShardManifest) -> None:
     assert made.counts == {"records": 200, "samples": 200, "images": 161, "text_only": 40, "rejected": 0}
-    assert [shard.rows for shard in made.shards] == [70, 70, 60]
-    assert made.group_rows.tolist() == [32, 32, 6, 32, 32, 6, 32, 28]
+    assert len(made.shards) == 3 and sum(shard.rows for shard in made.shards) == 200
+    assert made.group_rows.sum() == 200 and made.group_rows.max() == GROUP
     for shard in made.shards:
-        assert durable.digest(made.dir / shard.file) == shard.digest
-        metadata = pq.read_metadata(made.dir / shard.file)
+        path = made.dir.local / shard.file
+        assert durable.digest(path) == shard.digest
+        metadata = pq.read_metadata(path)
         assert (metadata.num_rows, metadata.num_row_groups) == (shard.rows, shard.row_groups)
         assert metadata.schema.to_arrow_schema().equals(SCHEMA)
     for name, digest in made.row_files.items():
-        assert durable.digest(made.dir / f"{name}.npy") == digest
-    assert rejected(made.dir) == []
+        assert durable.digest(made.dir.local / f"{name}.npy") == digest
+    assert rejected(made.dir.local) == []
+
+
+def test_every_row_says_where_it_came_from(folder: Folder, made: ShardManifest) -> None:
+    columns = ["id", "source", "line", "copy"]
+    files = [made.dir.local / shard.file for shard in made.shards]
+    table = [row for file in files for row in pq.read_table(file, columns=columns).to_pylist()]
+    assert sorted(int(row["id"]) for row in table) == list(range(200))
+    assert all(row["line"] == int(row["id"]) + 1 for row in table)
+    assert {(row["source"], row["copy"]) for row in table} == {("a.json", 0)}
 
 
 def test_a_loaded_manifest_equals_the_written_one(made: ShardManifest) -> None:
@@ -92,7 +111,7 @@ def test_a_plan_over_the_folder_reads_every_sample_once(made: ShardManifest) -> 
 def test_a_flipped_bit_is_noticed(made: ShardManifest, tmp_path: Path) -> None:
     samples = ShardReader(made.dir).read(range(10))
     path = tmp_path / "shard.parquet"
-    write_parquet(path, samples)
+    write_parquet(path, ((sample, ORIGIN) for sample in samples))
     content = bytearray(path.read_bytes())
     content[content.index(next(s.images[0] for s in samples if s.images)) + 40] ^= 1
     path.write_bytes(content)
@@ -102,31 +121,31 @@ def test_a_flipped_bit_is_noticed(made: ShardManifest, tmp_path: Path) -> None:
 
 def test_a_group_may_hold_no_picture_at_all(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
-    write_parquet(path, [Sample("a", (Turn("user", ""), Turn("assistant", "b")))])
+    write_parquet(path, [(Sample("a", (Turn("user", ""), Turn("assistant", "b"))), ORIGIN)])
     assert pq.read_table(path).to_pylist()[0]["images"] == []
 
 
 def test_the_same_words_make_the_same_bytes_and_another_seed_another_order(
     folder: Folder, made: ShardManifest, tmp_path: Path
 ) -> None:
-    words = {"images_dir": folder.images, "rows_per_shard": 70}
-    again = write_shards("llava", folder.annotations, tmp_path / "again", **words)  # type: ignore[arg-type]
-    other = write_shards("llava", folder.annotations, tmp_path / "other", seed=1, **words)  # type: ignore[arg-type]
+    again = cut(folder, tmp_path / "again", rows=70)
+    other = cut(folder, tmp_path / "other", rows=70, seed=1)
     assert again.digest == made.digest != other.digest
 
 
 def test_a_whole_folder_is_left_alone(folder: Folder, made: ShardManifest) -> None:
-    before = (made.dir / "manifest.json").stat().st_mtime_ns
-    write_shards("llava", folder.annotations, made.dir, images_dir=folder.images, rows_per_shard=70)
-    assert (made.dir / "manifest.json").stat().st_mtime_ns == before
+    manifest = made.dir.local / "manifest.json"
+    before = manifest.stat().st_mtime_ns
+    cut(folder, made.dir.local, rows=70)
+    assert manifest.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="already holds shards of something else; give a new folder"):
-        write_shards("llava", folder.annotations, made.dir, images_dir=folder.images, rows_per_shard=71)
+        cut(folder, made.dir.local, rows=71)
 
 
 def test_a_folder_without_manifest_names_the_cure(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not a shard folder .*; make one with jobs/shard.py"):
         ShardManifest.load(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"format": 1, "sha')
+    (tmp_path / "manifest.json").write_text('{"format": 2, "sha')
     with pytest.raises(ValueError, match=r"manifest.json is damaged"):
         ShardManifest.load(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 9}')
@@ -141,20 +160,13 @@ def test_skipped_records_are_listed_with_their_reasons(tmp_path: Path) -> None:
     folder.rows[3]["image"] = []
     folder.rows[9] = {"id": "nine"}
     folder.write()
-    manifest = write_shards(
-        "llava",
-        folder.annotations,
-        tmp_path / "out",
-        images_dir=folder.images,
-        policy="skip",
-        rows_per_shard=40,
-    )
+    manifest = cut(folder, tmp_path / "out", policy="skip", rows=40)
     told = rejected(tmp_path / "out")
     assert [(one["source"], one["line"], one["id"]) for one in told] == [
-        ("llava", 2, "1"),
-        ("llava", 3, "2"),
-        ("llava", 4, "3"),
-        ("llava", 10, "nine"),
+        ("a.json", 2, "1"),
+        ("a.json", 3, "2"),
+        ("a.json", 4, "3"),
+        ("a.json", 10, "nine"),
     ]
     reasons = ["is missing", "not an image", "1 <image> mark", "conversations is missing"]
     assert all(reason in str(one["reason"]) for reason, one in zip(reasons, told, strict=True))
@@ -168,14 +180,7 @@ def test_past_the_budget_nothing_is_made_but_the_list(tmp_path: Path) -> None:
     for n in (1, 2, 3):
         (folder.images / f"{n}.png").unlink()
     with pytest.raises(ValueError, match=r"3 of 50 records are rejected .* budget \(0.04\) allows 2; .*raise budget"):
-        write_shards(
-            "llava",
-            folder.annotations,
-            tmp_path / "out",
-            images_dir=folder.images,
-            policy="skip",
-            budget=0.04,
-        )
+        cut(folder, tmp_path / "out", policy="skip", budget=0.04)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"rejected.jsonl", ".unfinished"}
     assert len(rejected(tmp_path / "out")) == 3
 
@@ -186,11 +191,11 @@ def test_a_mended_picture_is_read_again(tmp_path: Path) -> None:
     content = picture.read_bytes()
     picture.unlink()
     with pytest.raises(ValueError, match=r"record 2 of .*a.json \(id '1'\): image 1.png is missing; mend it, or"):
-        write_shards("llava", folder.annotations, tmp_path / "out", images_dir=folder.images)
+        cut(folder, tmp_path / "out")
     with pytest.raises(ValueError, match="budget"):
-        write_shards("llava", folder.annotations, tmp_path / "out", images_dir=folder.images, policy="skip", budget=0)
+        cut(folder, tmp_path / "out", policy="skip", budget=0)
     picture.write_bytes(content)
-    manifest = write_shards("llava", folder.annotations, tmp_path / "out", images_dir=folder.images)
+    manifest = cut(folder, tmp_path / "out")
     assert manifest.counts["rejected"] == 0
 
 
@@ -201,7 +206,7 @@ def test_a_folder_of_nothing_but_rejects_is_no_folder(tmp_path: Path) -> None:
         row["conversations"][0]["value"] = "<image>"
     folder.write()
     with pytest.raises(ValueError, match=r"every record was rejected; .*rejected.jsonl"):
-        write_shards("llava", folder.annotations, tmp_path / "out", images_dir=folder.images, policy="skip")
+        cut(folder, tmp_path / "out", policy="skip")
     assert len(rejected(tmp_path / "out")) == 5
 
 
@@ -209,7 +214,7 @@ def test_what_was_mended_is_counted(tmp_path: Path) -> None:
     folder = Folder(tmp_path, 10)
     folder.rows[0]["conversations"].insert(0, {"from": "gpt", "value": "Hello."})
     folder.write()
-    manifest = write_shards("llava", folder.annotations, tmp_path / "out", images_dir=folder.images)
+    manifest = cut(folder, tmp_path / "out")
     assert manifest.mended == {"answer before the first question dropped": 1}
 
 
@@ -217,8 +222,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     folder = Folder(tmp_path, 100)
     with tiny_disk(tmp_path / "disk") as disk:
         with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\); make room"):
-            write_shards("llava", folder.annotations, disk / "out", images_dir=folder.images)
-        assert [path.name for path in (disk / "out").rglob("*")] == [".unfinished"]
+            cut(folder, disk / "out")
+        assert not list((disk / "out").rglob("*.parquet"))
+        assert {path.name for path in (disk / "out").rglob("*.json")} <= {"spill-000.json"}
 
 
 @contextlib.contextmanager

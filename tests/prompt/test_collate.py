@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from rayllava.prompt.collate import collate, dummy, from_row, to_row
-from rayllava.records import IGNORE, Batch
+from rayllava.records import IGNORE, Batch, Example
 from tests.prompt.dialogues import sample
 from tests.prompt.vocabularies import processor
 
 
 @pytest.fixture
-def batch() -> Batch:
+def examples() -> list[Example]:
     made = processor("pieces", "vicuna")
     samples = [
         sample("h:<image>\nQ1", "g:A1", images=1),
         sample("h:What is this?", "g:a cat sat on the mat", "h:Q2", "g:A2"),
         sample("h:<image> and <image>", "g:two dogs", images=2),
     ]
-    return collate([made.encode(s) for s in samples], pad_token_id=made.spec.pad_token_id)
+    return [made.encode(s) for s in samples]
+
+
+@pytest.fixture(params=[False, True], ids=["padded", "packed"])
+def any_batch(request: pytest.FixtureRequest, examples: list[Example]) -> Batch:
+    pad = processor("pieces", "vicuna").spec.pad_token_id
+    return collate(examples, pad_token_id=pad, packed=request.param)
+
+
+@pytest.fixture
+def batch(examples: list[Example]) -> Batch:
+    return collate(examples, pad_token_id=processor("pieces", "vicuna").spec.pad_token_id)
 
 
 def test_examples_are_padded_on_the_right_without_labels(batch: Batch) -> None:  # G19
@@ -30,16 +43,36 @@ def test_examples_are_padded_on_the_right_without_labels(batch: Batch) -> None: 
         assert ids[0] == 1 and pad not in ids[:length]
         assert (ids[length:] == pad).all() and (labels[length:] == IGNORE).all()
     assert batch.pixels.shape == (3, 3, 28, 28) and batch.sample_ids == ("a", "a", "a")
+    assert (batch.positions == np.arange(batch.ids.shape[1])).all()
+
+
+def test_packed_examples_stand_end_to_end_and_count_from_zero_each(examples: list[Example], batch: Batch) -> None:
+    packed = collate(examples, pad_token_id=-1, packed=True)
+    length = sum(len(example.ids) for example in examples)
+    assert packed.ids.shape == packed.labels.shape == packed.positions.shape == (1, length)
+    assert packed.lengths.tolist() == [length] and packed.lengths.dtype == np.int32
+    assert np.array_equal(packed.ids[0], np.concatenate([e.ids for e in examples]))
+    assert np.array_equal(packed.labels[0], np.concatenate([e.labels for e in examples]))
+    assert packed.positions[0].tolist() == [place for e in examples for place in range(len(e.ids))]
+    assert np.array_equal(packed.pixels, batch.pixels) and packed.sample_ids == batch.sample_ids
+    assert packed.num_targets == batch.num_targets
+
+
+def test_a_packed_example_is_never_predicted_from_its_neighbour(examples: list[Example]) -> None:
+    spoken = replace(examples[1], labels=examples[1].ids)
+    assert collate([examples[0], spoken], pad_token_id=0).num_targets
+    with pytest.raises(AssertionError, match="a would be predicted from its neighbour"):
+        collate([examples[0], spoken], pad_token_id=0, packed=True)
 
 
 def test_a_dummy_weighs_nothing() -> None:
     made = dummy(processor("pieces", "vicuna").spec)
     assert made.num_targets == 0 and made.sample_ids == () and len(made.pixels) == 0
-    assert made.ids.shape == (1, 2) and made.lengths.tolist() == [2]
+    assert made.ids.shape == (1, 2) and made.lengths.tolist() == [2] and made.positions.tolist() == [[0, 1]]
 
 
 def same(one: Batch, other: Batch) -> bool:
-    arrays = ("ids", "labels", "lengths", "pixels")
+    arrays = ("ids", "labels", "positions", "lengths", "pixels")
     return one.sample_ids == other.sample_ids and all(
         np.array_equal(getattr(one, name), getattr(other, name))
         and getattr(one, name).dtype == getattr(other, name).dtype
@@ -47,22 +80,22 @@ def same(one: Batch, other: Batch) -> bool:
     )
 
 
-def test_a_row_crosses_arrow_unchanged(batch: Batch) -> None:
+def test_a_row_crosses_arrow_unchanged(any_batch: Batch) -> None:
     rows = [
-        to_row(batch, step=3, rejected=[]),
+        to_row(any_batch, step=3, rejected=[]),
         to_row(dummy(processor("pieces", "vicuna").spec), step=4, rejected=["x"]),
     ]
     table = pa.Table.from_pylist(rows)
     back = table.to_pylist()
     assert [row["step"] for row in back] == [3, 4]
-    assert same(from_row(back[0]), batch)
+    assert same(from_row(back[0]), any_batch)
     assert from_row(back[1]).sample_ids == () and from_row(back[1]).pixels.shape == (0, 3, 28, 28)
     scalars = {name: table[name][0] for name in table.column_names}
-    assert same(from_row(scalars), batch)
+    assert same(from_row(scalars), any_batch)
 
 
-def test_bytes_are_not_copied(batch: Batch) -> None:
-    row = to_row(batch)
+def test_bytes_are_not_copied(any_batch: Batch) -> None:
+    row = to_row(any_batch)
     assert np.shares_memory(from_row(row).pixels, np.frombuffer(row["pixels"], dtype=np.uint8))
     buffer = pa.py_buffer(row["pixels"])
     assert np.shares_memory(from_row({**row, "pixels": buffer}).pixels, np.frombuffer(buffer, dtype=np.uint8))

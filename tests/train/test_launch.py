@@ -174,7 +174,8 @@ def test_plain_transformers_gives_the_trained_models_logits(
     ids = torch.cat([torch.tensor([1]), run, torch.randint(260, 330, (12,))]).unsqueeze(0)
     pixels = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8)
     with torch.no_grad():
-        hidden = LossModel(trained, spec).eval().hidden(ids, torch.tensor([17]), pixels)
+        positions = torch.arange(17).unsqueeze(0)
+        hidden = LossModel(trained, spec).eval().hidden(ids, positions, torch.tensor([17]), pixels)
         ours = trained.lm_head(hidden)
         plain = LlavaForConditionalGeneration.from_pretrained(out / "export", dtype=torch.float32).eval()
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.image_mean, spec.image_std))

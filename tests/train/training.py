@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from rayllava.data.plan import Plan
+from rayllava.prompt.collate import collate, dummy
 from rayllava.recipe import DataSpec, Full, ModelSpec, OptimSpec, PromptSpec, Recipe, ScaleSpec
-from rayllava.records import IGNORE, Batch
+from rayllava.records import IGNORE, Batch, Example
 from tests.tiny import processor_spec
 
 SPEC = processor_spec()
@@ -31,34 +32,21 @@ def recipe(model: ModelSpec, zero: int, dtype: str = "float32") -> Recipe:
 
 def batch_of(samples: list[int]) -> Batch:
     """Draw each sample from its own seed: every third without a picture, lengths uneven."""
-    rows, pixels = [], []
-    for sample in samples:
-        rng = np.random.default_rng(sample)
-        ids = rng.integers(260, 330, size=int(rng.integers(8, 20))).astype(np.int32)
-        labels = ids.copy()
-        labels[: len(ids) // 2] = IGNORE
-        if sample % 3:
-            run = np.full(SPEC.num_image_tokens, SPEC.image_token_id, dtype=np.int32)
-            ids = np.concatenate([ids[:1], run, ids[1:]])
-            labels = np.concatenate([labels[:1], np.full_like(run, IGNORE), labels[1:]])
-            pixels.append(rng.integers(0, 256, size=(3, 28, 28)).astype(np.uint8))
-        rows.append((ids, labels))
-    width = max(len(ids) for ids, _ in rows)
-    pad = SPEC.pad_token_id
-    return Batch(
-        ids=np.stack([np.pad(i, (0, width - len(i)), constant_values=pad) for i, _ in rows]),
-        labels=np.stack([np.pad(y, (0, width - len(y)), constant_values=IGNORE) for _, y in rows]),
-        lengths=np.array([len(i) for i, _ in rows], dtype=np.int32),
-        pixels=np.stack(pixels) if pixels else np.zeros((0, 3, 28, 28), dtype=np.uint8),
-        sample_ids=tuple(str(sample) for sample in samples),
-    )
+    return collate([_example(sample) for sample in samples], pad_token_id=SPEC.pad_token_id)
 
 
-def dummy() -> Batch:
-    ids = np.full((1, 2), SPEC.pad_token_id, dtype=np.int32)
-    none = np.full((1, 2), IGNORE, dtype=np.int32)
+def _example(sample: int) -> Example:
+    rng = np.random.default_rng(sample)
+    ids = rng.integers(260, 330, size=int(rng.integers(8, 20))).astype(np.int32)
+    labels = ids.copy()
+    labels[: len(ids) // 2] = IGNORE
     pixels = np.zeros((0, 3, 28, 28), dtype=np.uint8)
-    return Batch(ids, none, np.array([2], dtype=np.int32), pixels, ())
+    if sample % 3:
+        run = np.full(SPEC.num_image_tokens, SPEC.image_token_id, dtype=np.int32)
+        ids = np.concatenate([ids[:1], run, ids[1:]])
+        labels = np.concatenate([labels[:1], np.full_like(run, IGNORE), labels[1:]])
+        pixels = rng.integers(0, 256, size=(1, 3, 28, 28)).astype(np.uint8)
+    return Example(str(sample), ids, labels, pixels)
 
 
 def curve(task: dict[str, Any]) -> dict[str, list[float]]:
@@ -91,7 +79,7 @@ def _curve(task: dict[str, Any], zero: int) -> list[float]:
     losses = []
     for step in range(first, task["to"]):
         share = PLAN.share(step, engine.world_size)[engine.rank]
-        atoms = [dummy() if atom is None else batch_of([int(s) for s in atom.samples]) for atom in share]
+        atoms = [dummy(SPEC) if atom is None else batch_of([int(s) for s in atom.samples]) for atom in share]
         targets = engine.sum(sum(atom.num_targets for atom in atoms))[0]
         parts = [
             engine.backward(atom, num_targets=int(targets), last=index == len(atoms) - 1)

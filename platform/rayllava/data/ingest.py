@@ -1,21 +1,22 @@
 """Record -> Sample, or the reason why not.
 
 settle  turns as annotated -> system? (user assistant)+     what was mended is named
-check   what can be told without opening a picture          on the driver, in file order
-load    every picture read and fully decoded                in a Ray task; its bytes stay as they were
+check   what can be told without opening a picture
+load    every picture read and fully decoded                its bytes stay as they were
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Self
+from pathlib import PurePosixPath
+from typing import Any, Literal
 
 from pydantic import Field
 
 from rayllava.data.sources import Record
+from rayllava.place import Place, names_nothing
 from rayllava.recipe import Spec
 from rayllava.records import IMAGE_MARK, Sample, Turn
 
@@ -29,13 +30,13 @@ class ShardSpec(Spec):
     """The knobs of sharding."""
 
     images: str = ""
-    """Folder that the paths of the records are relative to; text alone needs none."""
+    """Folder that the paths of the records are relative to; text alone needs none. A mixture names its own."""
     policy: Policy = "fail"
     """What a bad record does: fail ends the job, skip lists it in rejected.jsonl and goes on."""
     budget: float | None = Field(None, ge=0, le=1)
     """Share of all records that policy=skip may leave out; empty is 0.01, or ten records if that is more."""
     rows: int = Field(1024, ge=1)
-    """Records in a shard, and so in a task."""
+    """About so many records make a shard."""
     seed: int = 42
     """Of the order in which records are cut into shards."""
 
@@ -46,18 +47,16 @@ class ShardSpec(Spec):
         return int(self.budget * num_records) if self.budget is not None else max(10, num_records // 100)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Rejected:
     """A record that became no sample: a line of rejected.jsonl."""
 
     source: str
+    """The portion, and the file where it has several."""
     line: int
+    copy: int
     id: str
     reason: str
-
-    @classmethod
-    def of(cls, record: Record, reason: str, *, source: str) -> Self:
-        return cls(source=source, line=record.line, id=record.id, reason=reason)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,61 +98,77 @@ def check(record: Record) -> str:
     return _unwritable(record) or _misplaced(record.images) or _miscounted(dialogue[::2], record.images)
 
 
-def load(record: Record, images_dir: Path | None) -> Sample:
-    """Return the sample with its pictures as they lie on disk.
+def load(record: Record, images: Place | None) -> Sample:
+    """Return the sample with its pictures as they lie in the folder, or in the record itself.
 
     Raises ValueError with the reason when a picture is missing, too large or cannot be decoded completely.
-    An error of the disk itself rises: it says nothing about the record.
+    An error of the disk or store itself rises: it says nothing about the record.
     """
-    from rayllava.prompt import pixels
-
-    images = []
-    for name in record.images:
-        assert images_dir is not None, "pictures without a folder were refused on the driver"
-        content = _content(images_dir / name, name)
+    contents = []
+    for number, image in enumerate(record.images, start=1):
+        name = str(number) if isinstance(image, bytes) else image
+        content = image if isinstance(image, bytes) else _content(images, name)
         try:
-            pixels.decode(content)
+            _check_picture(content)
         except ValueError as error:
             raise ValueError(f"image {name}: {error}") from error
-        images.append(content)
-    if (size := sum(map(len, images))) > MAX_BYTES:
+        contents.append(content)
+    if (size := sum(map(len, contents))) > MAX_BYTES:
         raise ValueError(f"its images take {size / 2**20:.0f} MiB; {MAX_BYTES >> 20} is the most")
-    return Sample(id=record.id, turns=record.turns, images=tuple(images))
+    return Sample(id=record.id, turns=record.turns, images=tuple(contents))
 
 
-_NAMED_WRONG = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}
+_CHECKED: set[bytes] = set()
+"""Digests of pictures that this process has decoded: sets that ask many questions about one picture are the rule."""
+_MOST_CHECKED = 1 << 18
 
 
-def _content(path: Path, name: str) -> bytes:
+def _check_picture(content: bytes) -> None:
+    from rayllava.prompt import pixels
+
+    digest = hashlib.blake2b(content, digest_size=16).digest()
+    if digest in _CHECKED:
+        return
+    pixels.check(content)
+    if len(_CHECKED) == _MOST_CHECKED:
+        _CHECKED.clear()
+    _CHECKED.add(digest)
+
+
+def _content(images: Place | None, name: str) -> bytes:
+    assert images is not None, "pictures without a folder were refused when the record was read"
+    place = images / name
     try:
-        if not path.is_file():
+        if not place.is_file():
             raise ValueError(f"image {name} is missing")
-        if (size := path.stat().st_size) > MAX_BYTES:
+        if (size := place.size()) > MAX_BYTES:
             raise ValueError(f"image {name} takes {size / 2**20:.0f} MiB; {MAX_BYTES >> 20} is the most")
-        return path.read_bytes()
+        return place.read_bytes()
     except OSError as error:
-        if error.errno not in _NAMED_WRONG:
+        if not names_nothing(error):
             raise
         raise ValueError(f"image {name} cannot be read ({error.strerror})") from error
 
 
 def _unwritable(record: Record) -> str:
     try:
-        "".join([record.id, *record.images, *(turn.text for turn in record.turns)]).encode()
+        names = [image for image in record.images if isinstance(image, str)]
+        "".join([record.id, *names, *(turn.text for turn in record.turns)]).encode()
     except UnicodeEncodeError:
         return "its text holds half a surrogate pair, which is no character"
     return ""
 
 
-def _misplaced(names: Iterable[str]) -> str:
-    for name in names:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            return f"image {name} lies outside the image folder"
+def _misplaced(images: Iterable[str | bytes]) -> str:
+    for image in images:
+        if isinstance(image, str):
+            path = PurePosixPath(image)
+            if path.is_absolute() or ".." in path.parts:
+                return f"image {image} lies outside the image folder"
     return ""
 
 
-def _miscounted(questions: Iterable[Turn], images: tuple[str, ...]) -> str:
+def _miscounted(questions: Iterable[Turn], images: tuple[str | bytes, ...]) -> str:
     marks = [question.text.count(IMAGE_MARK) for question in questions]
     if sum(marks) == len(images):
         return ""

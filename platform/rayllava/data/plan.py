@@ -1,30 +1,34 @@
 """Which samples step k computes: a pure function of the shards, the seed and the recipe, and of nothing else.
 
 order(epoch)   row groups shuffled, then rows shuffled inside windows of a few row groups
-step(k)        the next `global_batch` samples of the order
-atoms(k)       runs of at most `atom` samples of the step
+step(k)        the next `global_batch` samples of the order, or of a window of it that is grouped
+atoms(k)       runs of at most `atom` samples of the step, or rows of examples packed into `max_tokens` positions
 share(k, W)    whole atoms dealt to W ranks by cost; None is a dummy that keeps the ranks in step
+
+Any step is found at once: only its epoch's row groups are shuffled and only its own window is opened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rayllava.data.order import Indices, Order, grouped
 
 if TYPE_CHECKING:
     from rayllava.data.shards import ShardManifest
     from rayllava.recipe import DataSpec
 
 Tail = Literal["short", "drop", "repeat"]
-Indices = NDArray[np.int64]
+Group = Literal["none", "modality", "length"]
 
-GROUP = 32
+GROUP = 16
 """Rows stored together when nothing else is said."""
-WINDOW = 16
+WINDOW = 32
 """Row groups whose rows are mixed."""
 
 
@@ -48,7 +52,8 @@ class Atom:
     """0-based within its step."""
     samples: Indices
     cost: int
-    """Rows times the longest of them, in the units of the plan's lengths."""
+    """Positions it computes: rows times the longest of them, or the sum of packed ones. That attention grows with
+    the square of an example is left out."""
 
 
 class Plan:
@@ -66,11 +71,18 @@ class Plan:
         tail: Tail = "short",
         group_rows: Indices | None = None,
         window: int = WINDOW,
+        images: NDArray[np.integer] | None = None,
+        group: Group = "none",
+        group_window: int = 50,
+        max_tokens: int | None = None,
+        max_length: int | None = None,
     ) -> None:
         """Plan over `num_samples` rows.
 
-        `lengths` estimates each row's positions and moves nothing but the dealing to ranks. `group_rows`
-        holds the rows of each stored row group in order; without it rows are taken to be stored by 32.
+        `lengths` holds each row's positions and `images` its pictures, both indexed and never copied; a length
+        counts as `max_length` at most. Without grouping or packing, lengths move nothing but the dealing to
+        ranks, and may be estimates. `group_rows` holds the rows of each stored row group in order; without it
+        rows are taken to be stored by 16.
         """
         if num_samples < 1:
             raise ValueError("data.shards holds no sample; there is nothing to train on")
@@ -83,44 +95,77 @@ class Plan:
             group_rows = _even_groups(num_samples)
         assert int(group_rows.sum()) == num_samples, f"{group_rows.sum()} grouped rows of {num_samples}"
         assert lengths is None or len(lengths) == num_samples, "a length for every sample"
+        if group != "none":
+            assert lengths is not None and images is not None, f"data.group={group} needs lengths and images"
+            assert len(images) == num_samples, "a number of images for every sample"
+        if max_tokens is not None:
+            assert lengths is not None, f"data.max_tokens={max_tokens} needs the exact length of every sample"
+            assert max_length is not None and max_length <= max_tokens, f"{max_length=} for {max_tokens=}"
         self.num_samples = num_samples
         self.lengths = lengths
+        self.images = images
         self.seed = seed
         self.global_batch = global_batch
         self.epochs = epochs
         self.atom = atom
         self.tail = tail
         self.window = window
+        self.group = group
+        self.group_window = group_window
+        self.max_tokens = max_tokens
+        self.max_length = max_length
         whole, rest = divmod(num_samples, global_batch)
         self.steps_per_epoch = whole + (1 if rest and tail != "drop" else 0)
         self._group_rows = group_rows
         self._orders: dict[int, Order] = {}
+        self._opened: tuple[tuple[int, int], list[Indices]] | None = None
 
     @classmethod
-    def of(cls, shards: ShardManifest, data: DataSpec, *, seed: int, num_image_tokens: int = 576) -> Self:
+    def of(
+        cls,
+        shards: ShardManifest,
+        data: DataSpec,
+        *,
+        seed: int,
+        num_image_tokens: int = 576,
+        lengths: NDArray[np.integer] | None = None,
+        max_length: int | None = None,
+    ) -> Self:
         """Plan over a shard folder.
 
-        `num_image_tokens` weighs pictures against text when atoms are dealt; it changes no atom.
+        `lengths` are exact ones, which packing demands; without them they are estimated, `num_image_tokens` a
+        picture. With `data.group` or `data.max_tokens` they decide what a step computes, so whoever opens the plan
+        of a run passes the same.
         """
+        assert data.max_tokens is None or lengths is not None, (
+            f"data.max_tokens={data.max_tokens} packs by exact lengths; measure them and pass `lengths`"
+        )
         return cls(
             shards.num_samples,
-            shards.lengths(num_image_tokens),
+            shards.lengths(num_image_tokens) if lengths is None else lengths,
             seed=seed,
             global_batch=data.global_batch,
             epochs=data.epochs,
             atom=data.atom,
             tail=data.tail,
             group_rows=shards.group_rows,
+            images=shards.row_images,
+            group=data.group,
+            group_window=data.group_window,
+            max_tokens=data.max_tokens,
+            max_length=max_length,
         )
 
     @property
     def num_steps(self) -> int:
         return self.steps_per_epoch * self.epochs
 
-    @property
+    @cached_property
     def max_workers(self) -> int:
-        """Atoms of a full step: more workers than these could not all have work."""
-        return -(-self.global_batch // self.atom)
+        """Atoms of a full step, of an average one if packed: more workers could not all have work."""
+        if self.max_tokens is None:
+            return -(-self.global_batch // self.atom)
+        return -(-self.global_batch * self._total_length() // (self.num_samples * self.max_tokens))
 
     def epoch_of(self, k: int) -> int:
         return k // self.steps_per_epoch
@@ -129,20 +174,20 @@ class Plan:
         """Return step `k`, 0-based; any step costs the same, wherever the walk was before."""
         assert 0 <= k < self.num_steps, f"step {k} of {self.num_steps}"
         epoch, within = divmod(k, self.steps_per_epoch)
-        order = self.order(epoch)
-        start = within * self.global_batch
-        stop = min(start + self.global_batch, self.num_samples)
-        parts = [order.rows(start, stop)]
-        missing = self.global_batch - (stop - start) if self.tail == "repeat" else 0
-        while missing:
-            again = min(missing, self.num_samples)
-            parts.append(order.rows(0, again))
-            missing -= again
-        return Step(index=k, epoch=epoch, samples=np.concatenate(parts))
+        if self.group == "none":
+            samples = self._drawn(epoch, within, within + 1)
+        else:
+            number, at = divmod(within, self.group_window)
+            samples = self._window(epoch, number)[at]
+        return Step(index=k, epoch=epoch, samples=samples)
 
     def atoms(self, k: int) -> list[Atom]:
         """Return the microbatches of step `k`."""
         samples = self.step(k).samples
+        if self.max_tokens is not None:
+            lengths = self._lengths(samples)
+            bins = packed(lengths, self.max_tokens)
+            return [Atom(i, samples[bin_], cost=int(lengths[bin_].sum())) for i, bin_ in enumerate(bins)]
         cuts = range(0, len(samples), self.atom)
         return [self._atom(index, samples[cut : cut + self.atom]) for index, cut in enumerate(cuts)]
 
@@ -169,7 +214,8 @@ class Plan:
         assert num_workers >= 1, f"{num_workers} workers"
         fit = self.max_workers
         if num_workers > fit:
-            cure = ", or lower data.atom" if self.atom > 1 else ", or raise data.global_batch"
+            lower = "data.max_tokens" if self.max_tokens else "data.atom" if self.atom > 1 else None
+            cure = f", or lower {lower}" if lower else ", or raise data.global_batch"
             raise ValueError(
                 f"scale.workers={num_workers} is more than the {fit} atom{'s' * (fit > 1)} of a step; "
                 f"use at most {fit}{cure}"
@@ -183,74 +229,64 @@ class Plan:
             self._orders[epoch] = Order(self._group_rows, window=self.window, seed=self.seed, epoch=epoch)
         return self._orders[epoch]
 
+    def _drawn(self, epoch: int, first: int, stop: int) -> Indices:
+        """Return the samples that the order holds for an epoch's steps `first` to `stop`."""
+        order = self.order(epoch)
+        start, end = first * self.global_batch, stop * self.global_batch
+        parts = [order.rows(start, min(end, self.num_samples))]
+        missing = end - self.num_samples if self.tail == "repeat" else 0
+        while missing > 0:
+            again = min(missing, self.num_samples)
+            parts.append(order.rows(0, again))
+            missing -= again
+        return np.concatenate(parts)
+
+    def _window(self, epoch: int, number: int) -> list[Indices]:
+        """Return the grouped steps of an epoch's window; the last window stays in memory."""
+        opened = self._opened
+        if opened is None or opened[0] != (epoch, number):
+            assert self.images is not None
+            first = number * self.group_window
+            rows = self._drawn(epoch, first, min(first + self.group_window, self.steps_per_epoch))
+            steps = grouped(
+                rows,
+                lengths=self._lengths(rows),
+                pictured=self.images[rows] > 0,
+                size=self.global_batch,
+                by_length=self.group == "length",
+                words=(self.seed, epoch, number),
+            )
+            self._opened = opened = (epoch, number), steps
+        return opened[1]
+
     def _atom(self, index: int, samples: Indices) -> Atom:
-        longest = 1 if self.lengths is None else int(self.lengths[samples].max())
+        longest = 1 if self.lengths is None else int(self._lengths(samples).max())
         return Atom(index=index, samples=samples, cost=len(samples) * longest)
 
+    def _lengths(self, samples: Indices | slice) -> Indices:
+        assert self.lengths is not None
+        lengths = self.lengths[samples].astype(np.int64)
+        return lengths if self.max_length is None else np.minimum(lengths, self.max_length)
 
-class Order:
-    """A permutation of all rows with random access.
-
-    Row groups are permuted as a whole, over all shards; rows only inside a window of consecutive permuted
-    groups. A reader that keeps one window of groups therefore reads every group once. The price: rows of one
-    group always meet within a window. `jobs/shard.py` shuffles all records before it cuts, so a group is
-    itself a random draw and the meeting means nothing. Memory is a few numbers a row group plus one window.
-    """
-
-    def __init__(self, group_rows: Indices, *, window: int, seed: int, epoch: int) -> None:
-        self._words = (seed, epoch)
-        self._window = window
-        permuted = permutation(len(group_rows), *self._words)
-        self._rows = group_rows[permuted]
-        self._starts = (np.cumsum(group_rows) - group_rows)[permuted]
-        ends = np.cumsum(self._rows)
-        self._window_ends = np.append(ends[window - 1 : -1 : window], ends[-1])
-
-    def rows(self, start: int, stop: int) -> Indices:
-        """Return the rows at positions `start` to `stop` of the order."""
-        return np.concatenate([np.empty(0, np.int64), *self._pieces(start, stop)])
-
-    def _pieces(self, start: int, stop: int) -> Iterator[Indices]:
-        number = int(np.searchsorted(self._window_ends, start, side="right"))
-        while start < stop:
-            first = int(self._window_ends[number - 1]) if number else 0
-            last = int(self._window_ends[number])
-            yield self._mixed(number)[start - first : stop - first]
-            start, number = last, number + 1
-
-    def _mixed(self, number: int) -> Indices:
-        cut = slice(number * self._window, (number + 1) * self._window)
-        groups = zip(self._starts[cut], self._rows[cut], strict=True)
-        rows = np.concatenate([np.arange(start, start + size) for start, size in groups])
-        return rows[permutation(len(rows), *self._words, number)]
+    def _total_length(self) -> int:
+        cuts = range(0, self.num_samples, _PIECE)
+        return sum(int(self._lengths(slice(cut, cut + _PIECE)).sum()) for cut in cuts)
 
 
-def permutation(size: int, *words: int) -> Indices:
-    """Return a permutation of range(size) that the words seed.
-
-    Arithmetic of our own (splitmix64 keys, sorted) because numpy may change its generators' streams between
-    versions, and a run continued on a newer image must find the same order.
-    """
-    state = _GOLDEN
-    for word in words:
-        state = _mix_int(state ^ (word & _MASK))
-    keys = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(state)
-    for shift, factor in _ROUNDS:
-        keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
-    keys ^= keys >> np.uint64(31)
-    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
+_PIECE = 1 << 20
+"""Lengths that are added up at a time, so that a mapped file is never in memory as a whole."""
 
 
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-
-
-def _mix_int(value: int) -> int:
-    value = (value + _GOLDEN) & _MASK
-    for shift, factor in _ROUNDS:
-        value = ((value ^ (value >> shift)) * factor) & _MASK
-    return value ^ (value >> 31)
+def packed(lengths: Indices, limit: int) -> list[Indices]:
+    """Return which examples share a row of at most `limit` positions: first fit, the longest first."""
+    assert lengths.max() <= limit, f"an example of {lengths.max()} positions for rows of {limit}"
+    room = np.full(len(lengths), limit)
+    bins: list[list[int]] = [[] for _ in lengths]
+    for index in np.argsort(-lengths, kind="stable"):
+        first = int(np.argmax(room >= lengths[index]))
+        room[first] -= lengths[index]
+        bins[first].append(int(index))
+    return [np.array(bin_) for bin_ in bins if bin_]
 
 
 def _even_groups(num_samples: int) -> Indices:

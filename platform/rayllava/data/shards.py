@@ -1,14 +1,16 @@
 """Samples on disk: written once, then read at any row number.
 
-OUT/shard-00000.parquet ...   id string, images list<binary>, turns list<struct<role, text>>
-OUT/row_images.npy            pictures of every row       } what a plan needs, mapped into memory
-OUT/row_text.npy              UTF-8 bytes of every row    } without opening a shard
-OUT/rejected.jsonl            records left out: source, line, id, reason
-OUT/manifest.json             written last: a folder without it is not a shard folder
+OUT/shard-0000-00.parquet ...   id string, images list<binary>, turns list<struct<role, text>>,
+                                source string, line int64, copy int32: where the sample came from
+OUT/row_images.npy              pictures of every row       } what a plan needs, without opening a shard
+OUT/row_text.npy                UTF-8 bytes of every row    }
+OUT/rejected.jsonl              records left out: source, line, copy, id, reason
+OUT/manifest.json               written last: a folder without it is not a shard folder
 """
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections import OrderedDict
@@ -23,16 +25,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rayllava import durable
 from rayllava.data.plan import GROUP, WINDOW
+from rayllava.place import Place
 from rayllava.records import Sample, Turn
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 ROW_FILES = {"row_images": np.uint16, "row_text": np.uint32}
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
+        ("source", pa.string()),
+        ("line", pa.int64()),
+        ("copy", pa.int32()),
         ("images", pa.list_(pa.binary())),
         ("turns", pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())]))),
     ]
@@ -53,25 +58,26 @@ class Shard:
 class ShardManifest:
     """What a shard folder holds."""
 
-    dir: Path
+    dir: Place
     shards: tuple[Shard, ...]
     row_files: dict[str, str]
     """Digest of each file of per-row facts."""
     rows_per_group: int
     """Rows of a row group; the last one of a shard may have fewer."""
     origin: dict[str, Any]
-    """source, annotations, images, seed, ...: where the samples came from."""
+    """portions, seed, ...: where the samples came from."""
     counts: dict[str, int]
-    """records, samples, images, text_only, rejected"""
+    """records (with their copies), samples, images, text_only, rejected"""
     mended: dict[str, int]
     """What was done to how many records so that their turns alternate."""
     digest: str
     """Of everything a sample can be read from; the same wherever the folder lies."""
 
     @classmethod
-    def load(cls, folder: Path | str) -> Self:
+    def load(cls, folder: Place | Path | str) -> Self:
         """Read DIR/manifest.json; a folder without one is a ValueError with the cure."""
-        path = Path(folder) / MANIFEST
+        folder = folder if isinstance(folder, Place) else Place(str(folder))
+        path = folder / MANIFEST
         if not path.is_file():
             raise ValueError(f"data={folder} is not a shard folder (no {MANIFEST}); make one with jobs/shard.py")
         try:
@@ -85,13 +91,15 @@ class ShardManifest:
             fields = {name: tree[name] for name in cls.__dataclass_fields__ if name not in ("dir", "shards")}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged; make the folder again with jobs/shard.py") from error
-        return cls(dir=Path(folder), shards=shards, **fields)
+        return cls(dir=folder, shards=shards, **fields)
 
     def save(self) -> None:
         tree = {"format": FORMAT} | {
             name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("dir", "shards")
         }
-        durable.write_json(self.dir / MANIFEST, tree | {"shards": [asdict(shard) for shard in self.shards]})
+        tree["shards"] = [asdict(shard) for shard in self.shards]
+        text = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+        (self.dir / MANIFEST).write_bytes(text.encode())
 
     @property
     def num_samples(self) -> int:
@@ -122,11 +130,13 @@ class ShardManifest:
         return np.concatenate(sizes)
 
     def _row_file(self, name: str) -> NDArray[Any]:
-        rows = np.load(self.dir / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        place = self.dir / f"{name}.npy"
+        if place.remote:
+            rows = np.load(io.BytesIO(place.read_bytes()), allow_pickle=False)
+        else:
+            rows = np.load(place.local, mmap_mode="r", allow_pickle=False)
         if len(rows) != self.num_samples:
-            raise ValueError(
-                f"{self.dir / name}.npy has {len(rows)} rows, the manifest {self.num_samples}; make it again"
-            )
+            raise ValueError(f"{place} has {len(rows)} rows, the manifest {self.num_samples}; make it again")
         return rows
 
 
@@ -137,7 +147,7 @@ class ShardReader:
     walking a plan reads every group once. One reader may serve several threads.
     """
 
-    def __init__(self, folder: Path | str, *, num_files: int = 64, num_groups: int = WINDOW) -> None:
+    def __init__(self, folder: Place | Path | str, *, num_files: int = 64, num_groups: int = WINDOW) -> None:
         self.manifest = ShardManifest.load(folder)
         self._ends = np.cumsum([shard.rows for shard in self.manifest.shards])
         self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
@@ -162,7 +172,7 @@ class ShardReader:
         with self._lock:
             table = self._groups.pop((shard, group), None)
             if table is None:
-                table = self._file(shard).read_row_group(group, use_threads=False)
+                table = self._file(shard).read_row_group(group, columns=_COLUMNS, use_threads=False)
             self._groups[shard, group] = table
             if len(self._groups) > self._num_groups:
                 self._groups.popitem(last=False)
@@ -171,30 +181,39 @@ class ShardReader:
     def _file(self, shard: int) -> pq.ParquetFile:
         file = self._files.pop(shard, None)
         if file is None:
-            path = self.manifest.dir / self.manifest.shards[shard].file
-            file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+            place = self.manifest.dir / self.manifest.shards[shard].file
+            path = place.open() if place.remote else place.local
+            file = pq.ParquetFile(
+                path, memory_map=not place.remote, pre_buffer=place.remote, page_checksum_verification=True
+            )
         self._files[shard] = file
         if len(self._files) > self._num_files:
             self._files.popitem(last=False)[1].close()
         return file
 
 
-def write_parquet(path: Path, samples: Iterable[Sample], *, rows_per_group: int = GROUP) -> None:
-    """Write one shard, a row group at a time; what was written before an error stays behind."""
+def write_parquet(
+    path: Path, samples: Iterable[tuple[Sample, dict[str, Any]]], *, rows_per_group: int = GROUP
+) -> None:
+    """Write one shard of samples and where each came from, a row group at a time.
+
+    What was written before an error stays behind.
+    """
     # Pictures are compressed already, and statistics would copy whole pictures into the footer.
     with pq.ParquetWriter(
         path,
         SCHEMA,
-        compression={"id": "zstd", "images.list.element": "none"}
+        compression=dict.fromkeys(("id", "source", "line", "copy"), "zstd")
+        | {"images.list.element": "none"}
         | {f"turns.list.element.{field}": "zstd" for field in ("role", "text")},
-        use_dictionary=["turns.list.element.role"],
+        use_dictionary=["source", "turns.list.element.role"],
         write_statistics=False,
         write_page_checksum=True,
     ) as writer:
         rows: list[dict[str, Any]] = []
-        for sample in samples:
-            turns = [asdict(turn) for turn in sample.turns]
-            rows.append({"id": sample.id, "images": list(sample.images), "turns": turns})
+        for sample, origin in samples:
+            turns = [{"role": turn.role, "text": turn.text} for turn in sample.turns]
+            rows.append({"id": sample.id, "images": list(sample.images), "turns": turns} | origin)
             if len(rows) == rows_per_group:
                 writer.write_table(pa.Table.from_pylist(rows, SCHEMA), row_group_size=rows_per_group)
                 rows = []
@@ -202,7 +221,10 @@ def write_parquet(path: Path, samples: Iterable[Sample], *, rows_per_group: int 
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA), row_group_size=rows_per_group)
 
 
+_COLUMNS = ["id", "images", "turns"]
+
+
 def _sample(group: pa.Table, row: int) -> Sample:
-    values = {name: group.column(name)[row].as_py() for name in SCHEMA.names}
+    values = {name: group.column(name)[row].as_py() for name in _COLUMNS}
     turns = tuple(Turn(role=turn["role"], text=turn["text"]) for turn in values["turns"])
     return Sample(id=values["id"], turns=turns, images=tuple(values["images"]))

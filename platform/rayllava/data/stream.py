@@ -1,27 +1,30 @@
-"""Plan -> Ray Data: the rows that feed the workers of one attempt.
+"""Plan -> batches: the atoms of every step, in order, from a cursor on, with Ray Data or without Ray.
 
     one step of the plan --task on any CPU--> its atoms, dealt to W ranks, dummies in the gaps
                                               each read, decoded, encoded, collated: one Arrow row a rank's atom
     rows leave in the order (step, slot, rank); streaming_split hands row j to rank j mod W
 
-Both halves stand here: `rows` makes the dataset on the driver's side, `feed` reads a rank's rows in the worker.
+`rows` makes the dataset on the driver's side, `feed` reads a rank's rows in the worker; `stream` does both in
+one process with threads. All three give the same atoms, whatever the number of workers.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rayllava.checkpoint.store import Decision, read_decision, read_run
-from rayllava.data.plan import Atom, Plan
+from rayllava.data.plan import GROUP, WINDOW, Atom, Plan
 from rayllava.data.shards import ShardReader
 from rayllava.prompt.collate import collate, dummy, from_row, to_row
 from rayllava.prompt.encode import Processor, SampleError
+from rayllava.recipe import DataSpec, ProcessorSpec, Spec
 from rayllava.records import IGNORE, Batch, Example
 
 if TYPE_CHECKING:
@@ -31,46 +34,101 @@ log = logging.getLogger(__name__)
 
 _AHEAD = 4
 """Atoms a worker fetches before it needs them."""
+_STEPS_HELD = 8
+"""Steps that may lie in the object store before the readers have to wait."""
+_LEAST_HELD = 1 << 29
 
 
-def rows(run_dir: Path, decision: Decision) -> Dataset:
+class StreamSpec(Spec):
+    """All that decides the batches of one attempt: plain values that travel to every task."""
+
+    shards: str
+    shards_digest: str
+    data: DataSpec
+    seed: int
+    processor: ProcessorSpec
+    tokenizer_dir: str
+    lengths: str = ""
+    """File of exact lengths, which packing needs; see rayllava.data.measure."""
+    attempt: int = 1
+    cursor: int = 0
+    """0-based index of the first step."""
+    world_size: int = 1
+    decoders: int = 2
+    """CPUs that read, decode and encode."""
+
+
+class Fed(NamedTuple):
+    """What one rank computes of one step."""
+
+    step: int
+    """0-based."""
+    epoch: int
+    atoms: list[Batch]
+    rejected: list[str]
+    """`id: reason` of samples that keep their place without weight."""
+
+
+def stream(spec: StreamSpec, *, rank: int = 0, threads: int = 2) -> Iterator[Fed]:
+    """Yield this rank's part of every step from the cursor on, without Ray."""
+    desk = Desk.open(spec)
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        waiting: deque[tuple[int, list[Future[tuple[Batch, list[str]]]]]] = deque()
+        steps = iter(range(spec.cursor, desk.plan.num_steps))
+        ahead = 0
+        while True:
+            # The step that is due and, while it is waited for and used, enough behind it to keep the threads busy.
+            while (len(waiting) < 2 or ahead < 2 * threads) and (index := next(steps, None)) is not None:
+                share = desk.plan.share(index, spec.world_size)[rank]
+                ahead += len(share) if waiting else 0
+                waiting.append((index, [pool.submit(desk.make, atom) for atom in share]))
+            if not waiting:
+                return
+            index, futures = waiting.popleft()
+            ahead -= len(waiting[0][1]) if waiting else 0
+            made = [future.result() for future in futures]
+            rejected = [line for _, lines in made for line in lines]
+            yield Fed(index, desk.plan.epoch_of(index), [batch for batch, _ in made], rejected)
+
+
+def rows(spec: StreamSpec) -> Dataset:
     """Return the dataset of an attempt: the rows of every step from the cursor to the end, in order."""
     import ray
     from ray.data import ExecutionOptions, ExecutionResources
 
-    manifest = read_run(run_dir)
-    num_steps = manifest.num_steps - decision.cursor
+    num_steps = Desk.open(spec).plan.num_steps - spec.cursor
     dataset = ray.data.range(num_steps, override_num_blocks=max(1, num_steps))
     dataset = dataset.map_batches(
         step_rows,  # type: ignore[arg-type]  # the stub knows no fn_kwargs
         batch_size=None,
-        fn_kwargs={"run_dir": str(run_dir), "attempt": decision.attempt},
+        fn_kwargs={"text": spec.model_dump_json()},
         num_cpus=1,
     )
     context = dataset.context
     context.target_max_block_size = 1  # every yielded row becomes a block of its own: the unit of dealing
     context.execution_options = ExecutionOptions(
         preserve_order=True,
-        resource_limits=ExecutionResources.for_limits(cpu=manifest.recipe.scale.decoders),
+        resource_limits=ExecutionResources.for_limits(cpu=spec.decoders, object_store_memory=_most_held(spec)),
     )
     context.enable_progress_bars = False
     return dataset
 
 
-def step_rows(batch: Any, *, run_dir: str, attempt: int) -> Iterator[Any]:
-    """Yield the rows of the steps in `batch["id"]`, counted from the attempt's cursor, each a table of one row."""
-    decision, plan, reader, processor = _open(run_dir, attempt)
+def step_rows(batch: Any, *, text: str) -> Iterator[Any]:
+    """Yield the rows of the steps in `batch["id"]`, counted from the cursor, each a table of one row."""
+    desk = _desk(text)
+    spec = desk.spec
     for offset in batch["id"].tolist():
-        index = decision.cursor + offset
-        shares = plan.share(index, decision.world_size)
+        index = spec.cursor + offset
+        shares = desk.plan.share(index, spec.world_size)
         for slot in range(len(shares[0])):
             for rank, share in enumerate(shares):
-                made, rejected = _make(share[slot], reader, processor)
+                made, rejected = desk.make(share[slot])
                 row = to_row(
                     made,
-                    attempt=attempt,
+                    attempt=spec.attempt,
                     step=index,
-                    epoch=plan.epoch_of(index),
+                    epoch=desk.plan.epoch_of(index),
                     rank=rank,
                     slots=len(shares[0]),
                     rejected=rejected,
@@ -78,61 +136,92 @@ def step_rows(batch: Any, *, run_dir: str, attempt: int) -> Iterator[Any]:
                 yield {key: [value] for key, value in row.items()}
 
 
-def feed(
-    shard: DataIterator, decision: Decision, *, rank: int, num_steps: int
-) -> Iterator[tuple[int, int, list[Batch], list[str]]]:
-    """Yield (step, epoch, atoms, rejected) of this rank, and check that every row is the promised one."""
+def feed(shard: DataIterator, spec: StreamSpec, *, rank: int = 0) -> Iterator[Fed]:
+    """Yield this rank's part of every step from its rows, and check that every row is the promised one."""
     tables: Any = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=_AHEAD)
     rows_ = ({name: table[name][0] for name in table.column_names} for table in tables)  # not copied
-    for step in range(decision.cursor, num_steps):
+    due = spec.cursor
+    for row in rows_:
         atoms: list[Batch] = []
         rejected: list[str] = []
-        slots = 1
-        while len(atoms) < slots:
-            row = next(rows_)
+        slots = row["slots"].as_py()
+        while True:
             got = tuple(row[name].as_py() for name in ("attempt", "step", "rank"))
-            assert got == (decision.attempt, step, rank), f"row {got} came for {(decision.attempt, step, rank)}"
-            slots = row["slots"].as_py()
+            assert got == (spec.attempt, due, rank), f"row {got} came for {(spec.attempt, due, rank)}"
             atoms.append(from_row(row))
             rejected += row["rejected"].as_py()
-        yield step, row["epoch"].as_py(), atoms, rejected
+            if len(atoms) == slots:
+                break
+            row = next(rows_)
+        yield Fed(due, row["epoch"].as_py(), atoms, rejected)
+        due += 1
 
 
-def _make(atom: Atom | None, reader: ShardReader, processor: Processor) -> tuple[Batch, list[str]]:
-    """Return an atom's batch and the samples that had to be left out, as `id: reason`.
+class Desk:
+    """What makes atoms in one process: small, read from the shard folder and the spec alone."""
 
-    Sharding has decoded every picture, so what fails here fails always: text that does not fit the template or
-    the length limit. It keeps its place with no weight, since a plan cannot change while it runs.
-    """
-    if atom is None:
-        return dummy(processor.spec), []
-    examples: list[Example] = []
-    rejected: list[str] = []
-    for sample in reader.read(atom.samples):
-        try:
-            examples.append(processor.encode(sample))
-        except SampleError as error:
-            rejected.append(f"{sample.id}: {error}")
-            examples.append(_empty(sample.id, processor))
-    return collate(examples, pad_token_id=processor.spec.pad_token_id), rejected
+    def __init__(self, spec: StreamSpec) -> None:
+        self.spec = spec
+        data = spec.data
+        grouped = 0 if data.group == "none" else -(-data.group_window * data.global_batch // GROUP)
+        self.reader = ShardReader(spec.shards, num_groups=WINDOW + grouped)
+        assert self.reader.manifest.digest == spec.shards_digest, f"{spec.shards} changed during the run"
+        self.plan = Plan.of(
+            self.reader.manifest,
+            data,
+            seed=spec.seed,
+            num_image_tokens=spec.processor.num_image_tokens,
+            lengths=np.load(spec.lengths, mmap_mode="r", allow_pickle=False) if spec.lengths else None,
+            max_length=spec.processor.max_length,
+        )
+        self.processor = Processor(spec.processor, Path(spec.tokenizer_dir))
+
+    @staticmethod
+    def open(spec: StreamSpec) -> Desk:
+        """Return the desk of a spec; one process needs it once."""
+        return _desk(spec.model_dump_json())
+
+    def make(self, atom: Atom | None) -> tuple[Batch, list[str]]:
+        """Return an atom's batch and the samples that had to be left out, as `id: reason`.
+
+        Sharding has decoded every picture, so what fails here fails always: text that does not fit the template
+        or the length limit. It keeps its place with no weight, since a plan cannot change while it runs.
+        """
+        processor = self.processor
+        if atom is None:
+            return dummy(processor.spec), []
+        examples: list[Example] = []
+        rejected: list[str] = []
+        for sample in self.reader.read(atom.samples):
+            try:
+                examples.append(processor.encode(sample))
+            except SampleError as error:
+                rejected.append(f"{sample.id}: {error}")
+                examples.append(_empty(sample.id, processor))
+        packed = self.spec.data.max_tokens is not None
+        batch = collate(examples, pad_token_id=processor.spec.pad_token_id, packed=packed)
+        most = self.spec.data.max_tokens
+        assert most is None or batch.ids.size <= most, f"{batch.ids.size} positions packed into {most}"
+        return batch, rejected
 
 
 def _empty(sample_id: str, processor: Processor) -> Example:
     size = processor.spec.image_size
-    ids = np.full(2, processor.spec.pad_token_id, dtype=np.int32)
-    labels = np.full(2, IGNORE, dtype=np.int32)
+    ids = np.full(NUM_EMPTY, processor.spec.pad_token_id, dtype=np.int32)
+    labels = np.full(NUM_EMPTY, IGNORE, dtype=np.int32)
     return Example(sample_id, ids, labels, np.zeros((0, 3, size, size), dtype=np.uint8))
 
 
+NUM_EMPTY = 2
+"""Positions of an example that stands for a sample left out."""
+
+
 @lru_cache(maxsize=2)
-def _open(run_dir: str, attempt: int) -> tuple[Decision, Plan, ShardReader, Processor]:
-    """Open what a task needs, once a process: all of it small, read from the run's folder."""
-    manifest = read_run(Path(run_dir))
-    recipe = manifest.recipe
-    reader = ShardReader(recipe.data.shards)
-    assert reader.manifest.digest == manifest.shards_digest, f"{recipe.data.shards} changed during the run"
-    plan = Plan.of(
-        reader.manifest, recipe.data, seed=recipe.seed, num_image_tokens=manifest.processor.num_image_tokens
-    )
-    processor = Processor(manifest.processor, Path(run_dir) / "tokenizer")
-    return read_decision(Path(run_dir), attempt), plan, reader, processor
+def _desk(text: str) -> Desk:
+    return Desk(StreamSpec.model_validate_json(text))
+
+
+def _most_held(spec: StreamSpec) -> int:
+    """Return the bytes of finished rows that may wait in the object store."""
+    picture = 3 * spec.processor.image_size**2
+    return max(_LEAST_HELD, _STEPS_HELD * spec.data.global_batch * picture)

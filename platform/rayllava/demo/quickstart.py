@@ -67,15 +67,14 @@ class Quickstart:
         return ray.get(ray.remote(num_cpus=2)(_warm_up).remote(str(self.pictures), str(self.out / "parts")))
 
     def _shards(self) -> None:
+        from rayllava.data.ingest import ShardSpec
         from rayllava.data.sharding import write_shards
+        from rayllava.place import Place
 
+        train, spec = self.pictures / "train", ShardSpec(images=str(self.pictures / "train" / "images"))
         for stage in ("pretrain", "finetune"):
-            write_shards(
-                "llava",
-                self.pictures / "train" / f"{stage}.json",
-                self.out / "shards" / stage,
-                images_dir=self.pictures / "train" / "images",
-            )
+            out = Place(str(self.out / "shards" / stage))
+            write_shards("llava", Place(str(train / f"{stage}.json")), out, spec=spec)
 
     def _train(self, stage: str) -> dict[str, Any]:
         from rayllava.train import launch

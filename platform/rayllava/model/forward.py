@@ -26,17 +26,17 @@ class LossModel(nn.Module):
         self.spec = spec
         self.tower_trains = any(p.requires_grad for p in llava.model.vision_tower.parameters())
 
-    def forward(self, ids: Tensor, labels: Tensor, lengths: Tensor, pixels: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, labels: Tensor, positions: Tensor, lengths: Tensor, pixels: Tensor) -> Tensor:
         """Return the summed cross-entropy of all target positions, a scalar in float32.
 
-        ids, labels (B, T) int64; lengths (B,); pixels (N, 3, S, S) uint8, N may be 0.
+        ids, labels, positions (B, T) int64; lengths (B,); pixels (N, 3, S, S) uint8, N may be 0.
         """
-        hidden = self.hidden(ids, lengths, pixels)  # (B, T, D)
+        hidden = self.hidden(ids, positions, lengths, pixels)  # (B, T, D)
         targets = labels[:, 1:] != IGNORE
         logits = self.llava.lm_head(hidden[:, :-1][targets])  # (targets, V)
         return F.cross_entropy(logits.float(), labels[:, 1:][targets], reduction="sum")
 
-    def hidden(self, ids: Tensor, lengths: Tensor, pixels: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, positions: Tensor, lengths: Tensor, pixels: Tensor) -> Tensor:
         """Return the language model's last hidden states, (B, T, D)."""
         body = self.llava.model
         embeds = self.llava.get_input_embeddings()(ids)  # (B, T, D)
@@ -48,9 +48,13 @@ class LossModel(nn.Module):
         else:
             # ZeRO-3 gathers in lockstep: a rank that skipped the vision branch would hang the others.
             embeds = embeds + 0.0 * features.sum()
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        mask = (positions < lengths.unsqueeze(1)).long()  # (B, T)
-        return body.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        seen = body.language_model(
+            inputs_embeds=embeds,
+            attention_mask=_mask(positions, lengths),
+            position_ids=positions,
+            use_cache=False,
+        )
+        return seen.last_hidden_state
 
     def image_features(self, pixels: Tensor, *, dtype: torch.dtype) -> Tensor:
         """Return projected patch features; for no picture at all, those of one zero picture."""
@@ -66,11 +70,24 @@ class LossModel(nn.Module):
         return body.multi_modal_projector(states.to(dtype))
 
 
+def _mask(positions: Tensor, lengths: Tensor) -> Tensor | None:
+    """Return what is not padding, (B, T); None for a packed row.
+
+    Given no mask, no cache and positions that begin again, every attention of transformers keeps the examples
+    of a row apart itself, each in the form its kernel wants.
+    """
+    if (positions[:, 1:] == 0).any():
+        assert len(lengths) == 1, f"{len(lengths)} rows where a packed one stands alone"
+        return None
+    return (positions < lengths.unsqueeze(1)).long()
+
+
 def tensors(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """Return the forward's arguments on a device. They are copies: what came through Arrow is read-only."""
     return {
         "ids": torch.tensor(batch.ids, dtype=torch.int64, device=device),
         "labels": torch.tensor(batch.labels, dtype=torch.int64, device=device),
+        "positions": torch.tensor(batch.positions, dtype=torch.int64, device=device),
         "lengths": torch.tensor(batch.lengths, dtype=torch.int64, device=device),
         "pixels": torch.tensor(batch.pixels, device=device),
     }

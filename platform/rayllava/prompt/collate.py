@@ -10,26 +10,33 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayllava.recipe import ProcessorSpec
 from rayllava.records import IGNORE, Batch, Example
 
 
-def collate(examples: Sequence[Example], *, pad_token_id: int) -> Batch:
-    """Return the examples side by side, padded on the right. The mask is `lengths`, never the pad id."""
+def collate(examples: Sequence[Example], *, pad_token_id: int, packed: bool = False) -> Batch:
+    """Return the examples side by side, padded on the right; packed, end to end in one row.
+
+    The mask is `lengths`, never the pad id.
+    """
     assert examples, "a batch needs an example; see `dummy`"
     lengths = np.array([len(example.ids) for example in examples], dtype=np.int32)
-    shape = (len(examples), int(lengths.max()))
+    shape = (1, int(lengths.sum())) if packed else (len(examples), int(lengths.max()))
+    starts = np.cumsum(lengths) - lengths if packed else np.arange(shape[0]) * shape[1]
     ids = np.full(shape, pad_token_id, dtype=np.int32)
     labels = np.full(shape, IGNORE, dtype=np.int32)
-    for row, example in enumerate(examples):
+    for example, start in zip(examples, starts, strict=True):
         assert len(example.labels) == len(example.ids), f"{example.id}: labels do not match ids"
-        ids[row, : len(example.ids)] = example.ids
-        labels[row, : len(example.ids)] = example.labels
+        assert not packed or example.labels[0] == IGNORE, f"{example.id} would be predicted from its neighbour"
+        ids.reshape(-1)[start : start + len(example.ids)] = example.ids
+        labels.reshape(-1)[start : start + len(example.ids)] = example.labels
     return Batch(
         ids=ids,
         labels=labels,
-        lengths=lengths,
+        positions=_positions(starts, shape),
+        lengths=lengths.sum(keepdims=True, dtype=np.int32) if packed else lengths,
         pixels=np.concatenate([example.pixels for example in examples]),
         sample_ids=tuple(example.id for example in examples),
     )
@@ -41,6 +48,7 @@ def dummy(spec: ProcessorSpec) -> Batch:
     return Batch(
         ids=np.full((1, 2), spec.pad_token_id, dtype=np.int32),
         labels=np.full((1, 2), IGNORE, dtype=np.int32),
+        positions=np.array([[0, 1]], dtype=np.int32),
         lengths=np.array([2], dtype=np.int32),
         pixels=np.zeros((0, 3, size, size), dtype=np.uint8),
         sample_ids=(),
@@ -53,6 +61,7 @@ def to_row(batch: Batch, **extra: Any) -> dict[str, Any]:
         "ids": batch.ids.tobytes(),
         "labels": batch.labels.tobytes(),
         "shape": list(batch.ids.shape),
+        "starts": np.flatnonzero(batch.positions == 0).tolist(),
         "lengths": batch.lengths.tolist(),
         "pixels": batch.pixels.tobytes(),
         "pixels_shape": list(batch.pixels.shape),
@@ -63,7 +72,7 @@ def to_row(batch: Batch, **extra: Any) -> dict[str, Any]:
 
 
 def from_row(row: Mapping[str, Any]) -> Batch:
-    """Return the batch of a row, its arrays read-only views of the row's bytes.
+    """Return the batch of a row, its large arrays read-only views of the row's bytes.
 
     Values may be Python's own, Arrow buffers or Arrow scalars.
     """
@@ -71,10 +80,18 @@ def from_row(row: Mapping[str, Any]) -> Batch:
     return Batch(
         ids=_array(row["ids"], np.int32, shape),
         labels=_array(row["labels"], np.int32, shape),
+        positions=_positions(np.array(_plain(row["starts"])), shape),
         lengths=np.array(_plain(row["lengths"]), dtype=np.int32),
         pixels=_array(row["pixels"], np.uint8, _plain(row["pixels_shape"])),
         sample_ids=tuple(_plain(row["sample_ids"])),
     )
+
+
+def _positions(starts: NDArray[np.integer], shape: Sequence[int]) -> NDArray[np.int32]:
+    """Return the count from the last start, row after row; each row has a start at its front."""
+    size = math.prod(shape)
+    counts = np.arange(size) - np.repeat(starts, np.diff(starts, append=size))
+    return counts.astype(np.int32).reshape(shape)
 
 
 def _array(value: Any, dtype: type, shape: Sequence[int]) -> np.ndarray:

@@ -59,6 +59,26 @@ class Processor:
         With `open_turn` the dialogue ends with a question and the ids with the place of its answer; they are a
         prefix of the ids that the same dialogue has in training. Raises SampleError.
         """
+        ids, spoken, cut = self._words(sample, open_turn=open_turn)
+        num_images = int((ids == self.spec.image_token_id).sum()) // self.spec.num_image_tokens
+        return Example(
+            id=sample.id,
+            ids=ids,
+            labels=np.where(spoken, ids, np.int32(IGNORE)),
+            pixels=self._pixels(sample.images[:num_images]),
+            cut=cut,
+        )
+
+    def length(self, sample: Sample) -> int:
+        """Return how many positions the sample takes in training; its pictures are counted, not opened."""
+        return len(self._words(sample, open_turn=False)[0])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids without control tokens."""
+        return self.tokenizer.decode(ids)
+
+    def _words(self, sample: Sample, *, open_turn: bool) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Return (T,) ids, which of them the assistant speaks, and whether anything that is learned was cut."""
         if unknown := {turn.role for turn in sample.turns} - {"system", "user", "assistant"}:
             raise SampleError(f"there is no role {min(unknown)!r}")
         if not _is_text(sample.turns):
@@ -78,18 +98,7 @@ class Processor:
         if not open_turn and not spoken.any():
             inside = f" within max_length={self.spec.max_length}" if cut else ""
             raise SampleError(f"it has no answer to learn from{inside}")
-        num_images = int((ids == self.spec.image_token_id).sum()) // self.spec.num_image_tokens
-        return Example(
-            id=sample.id,
-            ids=ids,
-            labels=np.where(spoken, ids, np.int32(IGNORE)),
-            pixels=self._pixels(sample.images[:num_images]),
-            cut=cut,
-        )
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids without control tokens."""
-        return self.tokenizer.decode(ids)
+        return ids, spoken, cut
 
     def _place(self, rounds: list[Round], *, num_images: int) -> list[Round]:
         """Return the rounds with one mark a picture, at the front of its question unless `image_at` is written."""
@@ -195,10 +204,9 @@ class Processor:
         squares = np.empty((len(images), 3, size, size), dtype=np.uint8)  # (N, 3, S, S)
         for number, content in enumerate(images):
             try:
-                image = pixels.decode(content)
+                squares[number] = pixels.load(content, spec=self.spec)
             except ValueError as error:
                 raise SampleError(f"image {number + 1} of {len(images)}: {error}") from error
-            squares[number] = pixels.square(image, aspect=self.spec.aspect, size=size, mean=self.spec.image_mean)
         return squares
 
 

@@ -147,8 +147,9 @@ class Engine:
         ids = torch.full((1, 2), model.spec.pad_token_id, device=self.device)
         size = model.spec.image_size
         pixels = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=self.device)
-        labels = ids.clone()
-        loss = self.deepspeed(ids=ids, labels=labels, lengths=ids.new_full((1,), 2), pixels=pixels) * 0.0
+        positions = torch.arange(2, device=self.device).unsqueeze(0)
+        lengths = ids.new_full((1,), 2)
+        loss = 0.0 * self.deepspeed(ids=ids, labels=ids, positions=positions, lengths=lengths, pixels=pixels)
         self.deepspeed.set_gradient_accumulation_boundary(True)
         self.deepspeed.backward(loss, scale_wrt_gas=False)
         self.step(0.0)

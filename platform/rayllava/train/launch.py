@@ -21,15 +21,20 @@ from rayllava import durable, versions
 from rayllava import log as log_
 from rayllava.checkpoint import store
 from rayllava.checkpoint.resolve import local_parts
-from rayllava.checkpoint.store import RunManifest
+from rayllava.checkpoint.store import Decision, RunManifest
 from rayllava.data import stream
+from rayllava.data.measure import measure
 from rayllava.data.plan import Plan
 from rayllava.data.shards import ShardManifest
+from rayllava.data.stream import StreamSpec
 from rayllava.prompt.assemble import assemble
 from rayllava.recipe import Recipe
 from rayllava.train.meter import Watch
 
 log = logging.getLogger(__name__)
+
+LENGTHS = "lengths.npy"
+"""File of a packing run: the exact positions of every sample."""
 
 _FREE_TO_CHANGE = ("scale", "save", "fresh", "name")
 """Parts of a recipe that a continued run may state differently: they do not change what is computed."""
@@ -43,9 +48,11 @@ def prepare(recipe: Recipe) -> RunManifest:
     """
     recipe = _with_model(recipe)
     assert recipe.model is not None
-    shards = ShardManifest.load(Path(recipe.data.shards))
-    plan = Plan.of(shards, recipe.data, seed=recipe.seed)
-    plan.check_workers(recipe.scale.max_workers)
+    shards = ShardManifest.load(recipe.data.shards)
+    packs = recipe.data.max_tokens is not None
+    plan = Plan.of(shards, recipe.data.but(max_tokens=None), seed=recipe.seed)
+    if not packs:  # how many atoms a packed step has is known once the lengths are measured
+        plan.check_workers(recipe.scale.max_workers)
     run_dir = Path(recipe.out)
     durable.check_writable(run_dir)
     if (run_dir / "manifest.json").exists():
@@ -81,6 +88,10 @@ def train(manifest: RunManifest) -> RunManifest:
         return manifest
     use_gpu = _use_gpu(recipe)
     scale = recipe.scale
+    if recipe.data.max_tokens is not None:
+        shards = ShardManifest.load(recipe.data.shards)
+        measure(shards, manifest.processor, run_dir / "tokenizer", run_dir / LENGTHS)
+        stream.Desk.open(stream_spec(manifest)).plan.check_workers(scale.max_workers)
     workers: Any = scale.min_workers
     if scale.max_workers > scale.min_workers:
         workers = (scale.min_workers, scale.max_workers)
@@ -122,10 +133,28 @@ class AttemptFeed(DataConfig):
         self, datasets: Any, world_size: int, worker_handles: Any, worker_node_ids: Any, **_: Any
     ) -> list[dict[str, Any]]:
         decision = store.decide(self.run_dir, world_size=world_size)
-        dataset = stream.rows(self.run_dir, decision)
+        dataset = stream.rows(stream_spec(store.read_run(self.run_dir), decision))
         # No locality hints: with them rows are no longer dealt strictly in turn.
         splits = dataset.streaming_split(world_size, equal=True, locality_hints=None)
         return [{"train": split} for split in splits]
+
+
+def stream_spec(manifest: RunManifest, decision: Decision | None = None) -> StreamSpec:
+    """Return what an attempt of a run is fed; without a decision, the whole run as one worker would compute it."""
+    recipe, run_dir = manifest.recipe, Path(manifest.recipe.out)
+    packs = recipe.data.max_tokens is not None
+    attempt = decision.model_dump(exclude={"checkpoint"}) if decision else {}
+    return StreamSpec(
+        shards=recipe.data.shards,
+        shards_digest=manifest.shards_digest,
+        data=recipe.data,
+        seed=recipe.seed,
+        processor=manifest.processor,
+        tokenizer_dir=str(run_dir / "tokenizer"),
+        lengths=str(run_dir / LENGTHS) if packs else "",
+        decoders=recipe.scale.decoders,
+        **attempt,
+    )
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -139,7 +168,7 @@ def _worker(config: dict[str, Any]) -> None:
     shard = ray.train.get_dataset_shard("train")
     decision = store.read_decision(run_dir, store.newest_attempt(run_dir))
     assert decision.world_size == context.get_world_size(), "the decision is for another world size"
-    feed = stream.feed(shard, decision, rank=rank, num_steps=manifest.num_steps)
+    feed = stream.feed(shard, stream_spec(manifest, decision), rank=rank)
     loop.run(manifest, decision, feed, device=loop.worker_device(manifest.recipe.scale.device))
     ray.train.report({"step": manifest.num_steps})
 
@@ -201,7 +230,7 @@ def _clear(run_dir: Path) -> None:
 
     for name in ("attempts", "checkpoints", "export", "tokenizer", "ray"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "manifest.json"):
+    for name in ("metrics.jsonl", LENGTHS, "manifest.json"):
         (run_dir / name).unlink(missing_ok=True)
 
 

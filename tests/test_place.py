@@ -1,0 +1,88 @@
+"""Places behave alike on a disk and in an object store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rayllava.place import Place
+from tests.data.store import bucket
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[str]:
+    with bucket("places") as address:
+        yield address
+
+
+@pytest.fixture(params=["disk", "store"])
+def folder(request: pytest.FixtureRequest, store: str, tmp_path: Path) -> Place:
+    return Place(str(tmp_path / "a")) if request.param == "disk" else Place(store.format(tmp_path.name))
+
+
+def test_what_is_written_is_read(folder: Place) -> None:
+    place = folder / "b/c.txt"
+    assert not place.exists() and not folder.is_dir()
+    place.write_bytes(b"hello")
+    assert (place.is_file(), place.is_dir(), folder.is_dir()) == (True, False, True)
+    assert (place.read_bytes(), place.size(), place.name) == (b"hello", 5, "c.txt")
+    with place.open() as file:
+        file.seek(2)
+        assert file.read() == b"llo"
+    place.write_bytes(b"")
+    assert place.size() == 0
+
+
+def test_files_are_listed_in_order_and_by_their_ends(folder: Place) -> None:
+    for name in ("b/2.tar", "b/1.TAR", "a.json", ".hidden/x.tar"):
+        (folder / name).write_bytes(b"x")
+    assert [str(f).removeprefix(str(folder)) for f in folder.files()] == ["/a.json", "/b/1.TAR", "/b/2.tar"]
+    assert [f.name for f in folder.files((".tar",))] == ["1.TAR", "2.tar"]
+
+
+def test_a_finished_file_moves_in_whole(folder: Place, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.write_bytes(b"x" * 9_000_000)
+    (folder / "x").take(made)
+    assert not made.exists() and (folder / "x").size() == 9_000_000
+    (folder / "x").move(folder / "y")
+    assert [place.name for place in folder.files()] == ["y"]
+    with pytest.raises(FileNotFoundError):
+        (folder / "x").move(folder / "z")
+
+
+def test_removing_leaves_nothing_and_may_be_done_twice(folder: Place) -> None:
+    (folder / "b/c").write_bytes(b"x")
+    for _ in range(2):
+        (folder / "b").remove()
+        assert folder.files() == []
+
+
+def test_a_missing_file_is_an_error_of_its_name(folder: Place) -> None:
+    for read in (Place.read_bytes, Place.size):
+        with pytest.raises(FileNotFoundError):
+            read(folder / "absent")
+
+
+def test_scratch_is_gone_afterwards(folder: Place) -> None:
+    with folder.scratch() as path:
+        (path / "x").write_bytes(b"x")
+    assert not path.exists() and folder.files() == []
+
+
+def test_a_folder_that_cannot_be_written_says_so(store: str) -> None:
+    with pytest.raises(ValueError, match="out=s3://nobody/x cannot be written"):
+        Place(store.format("x").replace("places", "nobody")).check_writable()
+
+
+def test_a_strange_scheme_is_refused() -> None:
+    with pytest.raises(ValueError, match="known are paths, s3:// and gs://"):
+        Place("ftp://host/x").read_bytes()
+
+
+def test_options_stay_with_what_is_below() -> None:
+    place = Place("s3://me:secret@bucket/a?scheme=http") / "b"
+    assert place.text == "s3://me:secret@bucket/a/b?scheme=http"
+    assert (str(place), place.name) == ("s3://bucket/a/b", "b")
