@@ -86,3 +86,9 @@ def test_options_stay_with_what_is_below() -> None:
     place = Place("s3://me:secret@bucket/a?scheme=http") / "b"
     assert place.text == "s3://me:secret@bucket/a/b?scheme=http"
     assert (str(place), place.name) == ("s3://bucket/a/b", "b")
+
+
+def test_a_name_cannot_bring_options_of_its_own() -> None:
+    with pytest.raises(ValueError, match="is no name in a store"):
+        Place("s3://bucket/images") / "a.jpg?endpoint_override=evil.example&scheme=http"
+    assert (Place("/images") / "a?b.jpg").local == Path("/images/a?b.jpg")

@@ -36,6 +36,9 @@ class Place:
     text: str
 
     def __truediv__(self, name: str) -> Self:
+        """Return a place below. A name that would change a store's options is a ValueError: names may be foreign."""
+        if self.remote and "?" in name:
+            raise ValueError(f"{name!r} is no name in a store: it holds a question mark")
         head, mark, options = self.text.partition("?") if self.remote else (self.text, "", "")
         return type(self)(f"{head.rstrip('/') or '/'}/{name}".replace("//", "/", head == "/") + mark + options)
 

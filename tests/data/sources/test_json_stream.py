@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from rayllava.data.sources import _json
+from rayllava.data.sources import _jsonrows
 from rayllava.place import Place
 
 SIZES = range(1, 18)
 
 
 def rows(path: Path) -> list[tuple[int, Any]]:
-    return list(_json.rows(Place(str(path))))
+    return list(_jsonrows.rows(Place(str(path))))
 
 
 def values(random_: random.Random, depth: int = 0) -> Any:
@@ -32,7 +32,7 @@ def values(random_: random.Random, depth: int = 0) -> Any:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_an_array_in_pieces_is_the_array(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_json, "CHUNK", size)
+    monkeypatch.setattr(_jsonrows, "CHUNK", size)
     path = tmp_path / "a.json"
     for seed in range(40):
         random_ = random.Random(seed)
@@ -45,7 +45,7 @@ def test_an_array_in_pieces_is_the_array(tmp_path: Path, size: int, monkeypatch:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_lines_in_pieces_are_the_lines(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_json, "CHUNK", size)
+    monkeypatch.setattr(_jsonrows, "CHUNK", size)
     path = tmp_path / "a.jsonl"
     for seed in range(40):
         random_ = random.Random(seed)
@@ -65,7 +65,7 @@ def test_lines_in_pieces_are_the_lines(tmp_path: Path, size: int, monkeypatch: p
 def test_a_number_at_the_border_stays_whole(
     tmp_path: Path, text: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_json, "CHUNK", size)
+    monkeypatch.setattr(_jsonrows, "CHUNK", size)
     path = tmp_path / "a.json"
     for shift in range(12):
         path.write_text(text[0] + " " * shift + text[1:])
@@ -95,7 +95,7 @@ def test_a_number_at_the_border_stays_whole(
 def test_what_is_malformed_is_named_by_line_and_column(
     tmp_path: Path, content: str, where: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_json, "CHUNK", size)
+    monkeypatch.setattr(_jsonrows, "CHUNK", size)
     path = tmp_path / "a.json"
     path.write_text(content)
     with pytest.raises(ValueError, match="is malformed JSON at") as raised:
@@ -107,7 +107,7 @@ def test_what_is_malformed_is_named_by_line_and_column(
 def test_bytes_that_are_no_text_are_told_at_any_border(
     tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_json, "CHUNK", size)
+    monkeypatch.setattr(_jsonrows, "CHUNK", size)
     path = tmp_path / "a.json"
     for content in (b'["\xc3"]', b'["\xe4\xbd', b'["\xf0\x9f\x99"]', b'{"a": "\xff"}'):
         path.write_bytes(content)
@@ -122,8 +122,8 @@ def test_one_object_over_many_lines_is_one_record(tmp_path: Path) -> None:
 
 
 def test_a_record_longer_than_the_bound_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_json, "CHUNK", 64)
-    monkeypatch.setattr(_json, "LONGEST", 1000)
+    monkeypatch.setattr(_jsonrows, "CHUNK", 64)
+    monkeypatch.setattr(_jsonrows, "LONGEST", 1000)
     path = tmp_path / "a.json"
     path.write_text('[{"a": 1},\n "' + "x" * 5000 + '"]')
     with pytest.raises(ValueError, match="at line 2 column 2: the record is longer than 0 MiB"):
@@ -135,7 +135,7 @@ def test_what_came_before_the_fault_is_yielded(tmp_path: Path) -> None:
     path.write_text("[1, 2, 3")
     found = []
     with pytest.raises(ValueError, match="malformed JSON"):
-        for _, value in _json.rows(Place(str(path))):
+        for _, value in _jsonrows.rows(Place(str(path))):
             found.append(value)
     assert found == [1, 2, 3]
 
@@ -148,7 +148,7 @@ def test_a_file_is_not_held_in_memory(tmp_path: Path) -> None:
     path.write_text("[" + ",\n".join([row] * 20_000) + "]")
     tracemalloc.start()
     try:
-        assert sum(1 for _ in _json.rows(Place(str(path)))) == 20_000
+        assert sum(1 for _ in _jsonrows.rows(Place(str(path)))) == 20_000
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

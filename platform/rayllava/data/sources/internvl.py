@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rayllava.data.sources import Portion, Source
-from rayllava.data.sources._json import document
+from rayllava.data.sources._jsonrows import document
 from rayllava.data.sources._mixture import beside
 from rayllava.place import Place
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from rayllava.data.sources import Record, Source
 from rayllava.data.sources._dialogue import record_of
-from rayllava.data.sources._json import rows
+from rayllava.data.sources._jsonrows import rows
 from rayllava.place import Place
 
 

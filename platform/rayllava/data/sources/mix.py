@@ -15,7 +15,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from rayllava.data.sources import SOURCES, Portion, Source
-from rayllava.data.sources._json import document
+from rayllava.data.sources._jsonrows import document
 from rayllava.data.sources._mixture import beside
 from rayllava.place import Place
 from rayllava.recipe import Spec

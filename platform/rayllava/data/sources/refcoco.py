@@ -14,7 +14,7 @@ from typing import Any
 
 from rayllava.data.sources import Record, Source
 from rayllava.data.sources._dialogue import id_of, kind, record_of
-from rayllava.data.sources._json import rows
+from rayllava.data.sources._jsonrows import rows
 from rayllava.place import Place
 
 WAYS = (
