@@ -63,8 +63,8 @@ class PromptSpec(Spec):
     image_at: Literal["front", "written"] = "front"
     """front: the marks of a user turn move to its beginning, as LLaVA and XTuner do; written: they stay."""
     pixels: Literal["exact", "fast"] = "exact"
-    """exact: pixels equal the reference processors' to the bit; fast: another JPEG decoder and resampler, off by one
-    grey level in a few hundredths of the pixels."""
+    """exact: pixels equal the reference processors' to the bit; fast: another JPEG decoder and resampler, which
+    miss fewer than one value in a hundred, and those by one or two of 255 levels."""
     max_length: int = Field(2048, ge=8)
     """Most positions of an example, image tokens included."""
 

@@ -119,6 +119,25 @@ def test_a_flipped_bit_is_noticed(made: ShardManifest, tmp_path: Path) -> None:
         pq.ParquetFile(path, page_checksum_verification=True).read()
 
 
+def test_a_read_that_fails_is_done_again_and_then_counts(
+    made: ShardManifest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("rayllava.data.shards._WAITS_S", (0.0, 0.0))
+    open_file, failures = ShardReader._file, iter([1, 2])
+
+    def flaky(self: ShardReader, shard: int) -> pq.ParquetFile:
+        if next(failures, None):
+            raise OSError("the store is busy")
+        return open_file(self, shard)
+
+    monkeypatch.setattr(ShardReader, "_file", flaky)
+    assert len(ShardReader(made.dir).read([0])) == 1
+    assert caplog.text.count("the store is busy; reading it again") == 2
+    failures = iter([1, 2, 3])
+    with pytest.raises(OSError, match="the store is busy"):
+        ShardReader(made.dir).read([0])
+
+
 def test_a_group_may_hold_no_picture_at_all(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
     write_parquet(path, [(Sample("a", (Turn("user", ""), Turn("assistant", "b"))), ORIGIN)])

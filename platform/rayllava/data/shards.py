@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +30,8 @@ from numpy.typing import NDArray
 from rayllava.data.plan import GROUP, WINDOW
 from rayllava.place import Place
 from rayllava.records import Sample, Turn
+
+log = logging.getLogger(__name__)
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -140,6 +144,10 @@ class ShardManifest:
         return rows
 
 
+_WAITS_S = (0.5, 2.0, 5.0)
+"""Pauses before a row group that could not be read is read again."""
+
+
 class ShardReader:
     """Samples by row number over all shards of a folder.
 
@@ -172,11 +180,22 @@ class ShardReader:
         with self._lock:
             table = self._groups.pop((shard, group), None)
             if table is None:
-                table = self._file(shard).read_row_group(group, columns=_COLUMNS, use_threads=False)
+                table = self._read_group(shard, group)
             self._groups[shard, group] = table
             if len(self._groups) > self._num_groups:
                 self._groups.popitem(last=False)
             return table
+
+    def _read_group(self, shard: int, group: int) -> pa.Table:
+        """Read a row group; a disk or store that fails is asked again before the failure counts."""
+        for wait_s in _WAITS_S:
+            try:
+                return self._file(shard).read_row_group(group, columns=_COLUMNS, use_threads=False)
+            except OSError as error:
+                log.warning("%s: %s; reading it again", self.manifest.shards[shard].file, error)
+                self._files.pop(shard, None)
+                time.sleep(wait_s)
+        return self._file(shard).read_row_group(group, columns=_COLUMNS, use_threads=False)
 
     def _file(self, shard: int) -> pq.ParquetFile:
         file = self._files.pop(shard, None)

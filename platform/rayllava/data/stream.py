@@ -110,6 +110,7 @@ def rows(spec: StreamSpec) -> Dataset:
         preserve_order=True,
         resource_limits=ExecutionResources.for_limits(cpu=spec.decoders, object_store_memory=_most_held(spec)),
     )
+    context._max_num_blocks_in_streaming_gen_buffer = 16
     context.enable_progress_bars = False
     return dataset
 

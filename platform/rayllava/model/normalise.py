@@ -9,8 +9,13 @@ from rayllava.recipe import ProcessorSpec
 
 
 def normalise(pixels: Tensor, spec: ProcessorSpec, *, dtype: torch.dtype) -> Tensor:
-    """Return (pixels / 255 - mean) / std of a uint8 tensor (N, 3, S, S), on its own device."""
-    mean, std = (
-        pixels.new_tensor(v, dtype=torch.float32).view(1, 3, 1, 1) for v in (spec.image_mean, spec.image_std)
+    """Return (pixels / 255 - mean) / std of a uint8 tensor (N, 3, S, S), on its own device.
+
+    In float32 the values equal those of the reference processors, which compute in the same order.
+    """
+    # 255 is a tensor because CUDA multiplies by the reciprocal of a plain number, and near the mean that shows.
+    mean, std, top = (
+        torch.tensor(v, dtype=torch.float32, device=pixels.device).view(1, -1, 1, 1)
+        for v in (spec.image_mean, spec.image_std, [255.0])
     )
-    return ((pixels.float() / 255.0 - mean) / std).to(dtype)
+    return ((pixels.float() / top - mean) / std).to(dtype)
