@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Ray's own choice of authentication depends on what an earlier program left in the home folder; ours does not.
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: install quickstart test test-slow check format serve
+.PHONY: install quickstart test test-slow check format serve bench-data
 
 install: .venv/installed
 
@@ -33,3 +33,13 @@ format: install
 
 serve: install
 	$(BIN)/serve run serving.app:build model=$(or $(MODEL),runs/quickstart/finetune/export) quant=$(or $(QUANT),nf4)
+
+bench-data: benchmarks/.venv/installed
+	benchmarks/.venv/bin/python benchmarks/data.py
+
+# The peers' own packages on top of ours; requirements.txt says why without their requirements.
+benchmarks/.venv/installed: .venv/installed benchmarks/requirements.txt
+	$(PYTHON) -m venv benchmarks/.venv
+	benchmarks/.venv/bin/python -m pip install --quiet --no-deps --requirement benchmarks/requirements.txt
+	echo $(CURDIR)/.venv/lib/python3.11/site-packages > benchmarks/.venv/lib/python3.11/site-packages/main.pth
+	touch $@

@@ -22,7 +22,7 @@ import numpy as np
 
 from rayllava.data.plan import GROUP, WINDOW, Atom, Plan
 from rayllava.data.shards import ShardReader
-from rayllava.prompt.collate import collate, dummy, from_row, to_row
+from rayllava.prompt.collate import collate, dummy, from_table, to_table
 from rayllava.prompt.encode import Processor, SampleError
 from rayllava.recipe import DataSpec, ProcessorSpec, Spec
 from rayllava.records import IGNORE, Batch, Example
@@ -110,7 +110,6 @@ def rows(spec: StreamSpec) -> Dataset:
         preserve_order=True,
         resource_limits=ExecutionResources.for_limits(cpu=spec.decoders, object_store_memory=_most_held(spec)),
     )
-    context._max_num_blocks_in_streaming_gen_buffer = 16
     context.enable_progress_bars = False
     return dataset
 
@@ -125,36 +124,34 @@ def step_rows(batch: Any, *, text: str) -> Iterator[Any]:
         for slot in range(len(shares[0])):
             for rank, share in enumerate(shares):
                 made, rejected = desk.make(share[slot])
-                row = to_row(
+                yield to_table(
                     made,
+                    rejected=rejected,
                     attempt=spec.attempt,
                     step=index,
                     epoch=desk.plan.epoch_of(index),
                     rank=rank,
                     slots=len(shares[0]),
-                    rejected=rejected,
                 )
-                yield {key: [value] for key, value in row.items()}
 
 
 def feed(shard: DataIterator, spec: StreamSpec, *, rank: int = 0) -> Iterator[Fed]:
     """Yield this rank's part of every step from its rows, and check that every row is the promised one."""
-    tables: Any = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=_AHEAD)
-    rows_ = ({name: table[name][0] for name in table.column_names} for table in tables)  # not copied
+    tables: Any = iter(shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=_AHEAD))
     due = spec.cursor
-    for row in rows_:
+    for table in tables:
         atoms: list[Batch] = []
         rejected: list[str] = []
-        slots = row["slots"].as_py()
         while True:
-            got = tuple(row[name].as_py() for name in ("attempt", "step", "rank"))
+            row = table.select(["attempt", "step", "rank", "epoch", "slots", "rejected"]).to_pylist()[0]
+            got = (row["attempt"], row["step"], row["rank"])
             assert got == (spec.attempt, due, rank), f"row {got} came for {(spec.attempt, due, rank)}"
-            atoms.append(from_row(row))
-            rejected += row["rejected"].as_py()
-            if len(atoms) == slots:
+            atoms.append(from_table(table))
+            rejected += row["rejected"]
+            if len(atoms) == row["slots"]:
                 break
-            row = next(rows_)
-        yield Fed(due, row["epoch"].as_py(), atoms, rejected)
+            table = next(tables)
+        yield Fed(due, row["epoch"], atoms, rejected)
         due += 1
 
 

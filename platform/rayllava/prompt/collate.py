@@ -6,10 +6,10 @@ A row holds plain bytes, numbers and strings: no tensor type that both ends woul
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from rayllava.recipe import ProcessorSpec
@@ -55,35 +55,38 @@ def dummy(spec: ProcessorSpec) -> Batch:
     )
 
 
-def to_row(batch: Batch, **extra: Any) -> dict[str, Any]:
-    """Return the batch as values that Arrow knows, with `extra` beside them."""
-    row = {
-        "ids": batch.ids.tobytes(),
-        "labels": batch.labels.tobytes(),
+def to_table(batch: Batch, *, rejected: Sequence[str] = (), **numbers: int) -> pa.Table:
+    """Return the batch as a table of one row, its large arrays not copied, with `numbers` beside them."""
+    lists = {
         "shape": list(batch.ids.shape),
-        "starts": np.flatnonzero(batch.positions == 0).tolist(),
-        "lengths": batch.lengths.tolist(),
-        "pixels": batch.pixels.tobytes(),
+        "starts": np.flatnonzero(batch.positions == 0),
+        "lengths": batch.lengths,
         "pixels_shape": list(batch.pixels.shape),
-        "sample_ids": list(batch.sample_ids),
     }
-    assert not row.keys() & extra.keys(), f"{row.keys() & extra.keys()} belong to the batch"
-    return {**row, **extra}
+    texts = {"sample_ids": list(batch.sample_ids), "rejected": list(rejected)}
+    return pa.table(
+        {name: _one_binary(getattr(batch, name)) for name in ("ids", "labels", "pixels")}
+        | {name: pa.array([value], pa.list_(pa.int64())) for name, value in lists.items()}
+        | {name: pa.array([value], pa.list_(pa.string())) for name, value in texts.items()}
+        | {name: pa.array([value], pa.int64()) for name, value in numbers.items()}
+    )
 
 
-def from_row(row: Mapping[str, Any]) -> Batch:
-    """Return the batch of a row, its large arrays read-only views of the row's bytes.
+def _one_binary(array: np.ndarray) -> pa.Array:
+    ends = pa.py_buffer(np.array([0, array.nbytes], dtype=np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(np.ascontiguousarray(array))])
 
-    Values may be Python's own, Arrow buffers or Arrow scalars.
-    """
-    shape = _plain(row["shape"])
+
+def from_table(table: pa.Table) -> Batch:
+    """Return the batch of a table of one row, its large arrays read-only views of the table's bytes."""
+    shape = table["shape"][0].as_py()
     return Batch(
-        ids=_array(row["ids"], np.int32, shape),
-        labels=_array(row["labels"], np.int32, shape),
-        positions=_positions(np.array(_plain(row["starts"])), shape),
-        lengths=np.array(_plain(row["lengths"]), dtype=np.int32),
-        pixels=_array(row["pixels"], np.uint8, _plain(row["pixels_shape"])),
-        sample_ids=tuple(_plain(row["sample_ids"])),
+        ids=_array(table["ids"], np.int32, shape),
+        labels=_array(table["labels"], np.int32, shape),
+        positions=_positions(np.array(table["starts"][0].as_py()), shape),
+        lengths=np.array(table["lengths"][0].as_py(), dtype=np.int32),
+        pixels=_array(table["pixels"], np.uint8, table["pixels_shape"][0].as_py()),
+        sample_ids=tuple(table["sample_ids"][0].as_py()),
     )
 
 
@@ -94,12 +97,10 @@ def _positions(starts: NDArray[np.integer], shape: Sequence[int]) -> NDArray[np.
     return counts.astype(np.int32).reshape(shape)
 
 
-def _array(value: Any, dtype: type, shape: Sequence[int]) -> np.ndarray:
-    content = value.as_buffer() if hasattr(value, "as_buffer") else value
+def _array(column: pa.ChunkedArray, dtype: type, shape: Sequence[int]) -> np.ndarray:
     if math.prod(shape) == 0:  # frombuffer refuses an empty buffer
         return np.zeros(shape, dtype=dtype)
-    return np.frombuffer(content, dtype=dtype).reshape(shape)
-
-
-def _plain(value: Any) -> Any:
-    return value.as_py() if hasattr(value, "as_py") else value
+    (chunk,) = column.chunks
+    _, ends, content = chunk.buffers()  # a scalar of the column would be a copy
+    begin, end = np.frombuffer(ends, dtype=np.int64)[chunk.offset :][:2]
+    return np.frombuffer(content, dtype=np.uint8)[begin:end].view(dtype).reshape(shape)
