@@ -1,6 +1,6 @@
 """The data path against its peers, side by side: make bench-data, or
 
-    python benchmarks/data.py [--quick] [--repetitions 5] [--only ours-exact,torch-hf]
+    python benchmarks/data.py [--quick] [--repetitions 5] [--sides 640] [--only ours-exact,torch-hf]
 
 The same JPEG files through every loader of benchmarks/contender.py, on the same cores, in turns, each time in a fresh
 process. Medians go to the screen and to benchmarks/results/. What the columns are:
@@ -89,10 +89,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few pictures, one repetition, nothing written")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--only", default=",".join(CONTENDERS), help="names, with commas")
+    parser.add_argument("--sides", default="640,2048", help="sizes of pictures, with commas")
     args = parser.parse_args()
     os.environ.update(RAY_AUTH_MODE="disabled", TRANSFORMERS_VERBOSITY="error", OMP_NUM_THREADS="1")
     names = args.only.split(",")
-    sets = QUICK if args.quick else FULL
+    sets = [one for one in (QUICK if args.quick else FULL) if str(one.side) in args.sides.split(",")]
     for pictures in sets:
         make(pictures.folder, side=pictures.side, num=pictures.num)
         say(f"{pictures.folder}: {pictures.num} pictures")
@@ -104,12 +105,14 @@ def main() -> None:
     report["rates"] = {str(one.side): rounds(one, names, workers, repetitions) for one in sets}
     report["resume"] = resumes(sets[0], names, workers, min(3, repetitions))
     report["targets"] = [
-        judge(target, report["rates"]) for target in TARGETS if {target.ours, target.theirs} <= {*names}
+        judge(target, report["rates"])
+        for target in TARGETS
+        if str(target.side) in report["rates"] and {target.ours, target.theirs} <= {*names}
     ]
     text = render(report)
     print(text)
     if not args.quick:
-        out = HERE / "results" / f"data-{report['date']}"
+        out = HERE / "results" / f"data-{report['date']}-{'-'.join(report['rates'])}"
         out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
         out.with_suffix(".md").write_text(text + "\n")
 
