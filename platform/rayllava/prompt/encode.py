@@ -32,11 +32,12 @@ class SampleError(ValueError):
 
 
 class Position(NamedTuple):
-    """One id of an example before it is laid into arrays."""
+    """One id of an example before it is laid into arrays, or a run of the same id."""
 
     id: int
     part: Part
     round: int
+    count: int = 1
 
 
 class Processor:
@@ -93,8 +94,9 @@ class Processor:
             raise SampleError(f"template {self.spec.template} takes one question with a picture and one answer")
         whole = self._strip(self.template.render(rounds, system=system))
         kept, cut = self._fit(whole, open_turn=open_turn)
-        ids = np.array([p.id for p in kept], dtype=np.int32)
-        spoken = np.array([p.part in ("answer", "stop") for p in kept], dtype=bool)
+        counts = [p.count for p in kept]
+        ids = np.repeat(np.array([p.id for p in kept], dtype=np.int32), counts)
+        spoken = np.repeat(np.array([p.part in ("answer", "stop") for p in kept], dtype=bool), counts)
         if not open_turn and not spoken.any():
             inside = f" within max_length={self.spec.max_length}" if cut else ""
             raise SampleError(f"it has no answer to learn from{inside}")
@@ -139,7 +141,7 @@ class Processor:
     def _positions(self, piece: Sequence[tuple[Span, int]]) -> list[Position]:
         (first, number), *rest = piece
         if first.kind == "image":
-            return [Position(self.spec.image_token_id, first.part, number)] * self.spec.num_image_tokens
+            return [Position(self.spec.image_token_id, first.part, number, self.spec.num_image_tokens)]
         if first.kind in ("bos", "eos") and not rest:
             special = self._special(first)
             return [] if special is None else [Position(special, first.part, number)]
@@ -180,8 +182,9 @@ class Processor:
         and with it the stop token, so that the model does not learn to stop in mid-sentence.
         """
         limit = self.spec.max_length
-        if len(strip) <= limit:
+        if sum(p.count for p in strip) <= limit:
             return strip, False
+        strip = [p._replace(count=1) for p in strip for _ in range(p.count)]
         if open_turn:
             raise SampleError(f"the prompt takes {len(strip)} positions; max_length={limit} is the most")
         last = strip[-1].round
