@@ -37,7 +37,7 @@ class Position(NamedTuple):
     id: int
     part: Part
     round: int
-    count: int = 1
+    times: int = 1
 
 
 class Processor:
@@ -94,7 +94,7 @@ class Processor:
             raise SampleError(f"template {self.spec.template} takes one question with a picture and one answer")
         whole = self._strip(self.template.render(rounds, system=system))
         kept, cut = self._fit(whole, open_turn=open_turn)
-        counts = [p.count for p in kept]
+        counts = [p.times for p in kept]
         ids = np.repeat(np.array([p.id for p in kept], dtype=np.int32), counts)
         spoken = np.repeat(np.array([p.part in ("answer", "stop") for p in kept], dtype=bool), counts)
         if not open_turn and not spoken.any():
@@ -182,9 +182,9 @@ class Processor:
         and with it the stop token, so that the model does not learn to stop in mid-sentence.
         """
         limit = self.spec.max_length
-        if sum(p.count for p in strip) <= limit:
+        if sum(p.times for p in strip) <= limit:
             return strip, False
-        strip = [p._replace(count=1) for p in strip for _ in range(p.count)]
+        strip = [p._replace(times=1) for p in strip for _ in range(p.times)]
         if open_turn:
             raise SampleError(f"the prompt takes {len(strip)} positions; max_length={limit} is the most")
         last = strip[-1].round
