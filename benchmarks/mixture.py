@@ -161,9 +161,11 @@ def opening(shards: Path, cursor: int) -> None:
             llm_dir=Path(parts.llm), vision_dir=Path(parts.vision), model=parts, prompt=prompt, out_dir=tokenizer
         )
         opened = time.monotonic()
+        manifest = ShardManifest.load(shards)
+        cursor = min(cursor, manifest.num_samples // 128 - 1)
         spec = StreamSpec(
             shards=str(shards),
-            shards_digest=ShardManifest.load(shards).digest,
+            shards_digest=manifest.digest,
             data=DataSpec(global_batch=128, atom=16),
             seed=42,
             processor=processor,
