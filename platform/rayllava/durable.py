@@ -81,11 +81,8 @@ def sync_dir(path: Path) -> None:
 
 def digest(path: Path) -> str:
     """Return the BLAKE2b-256 hex digest of a file."""
-    hasher = hashlib.blake2b(digest_size=32)
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            hasher.update(chunk)
-    return hasher.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 
 
 def digest_bytes(content: bytes) -> str:

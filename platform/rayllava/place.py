@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Self, cast
+from typing import TYPE_CHECKING, Self, cast
 
 from rayllava import durable
 
@@ -100,12 +101,12 @@ class Place:
         kept = [name for name in names if not suffixes or name.lower().endswith(suffixes)]
         return [self / name for name in sorted(kept) if not any(part.startswith(".") for part in name.split("/"))]
 
-    def open(self) -> BinaryIO:
-        """Open a file for reading at any position."""
+    def open(self) -> BufferedReader:
+        """Open a file for reading at any position; in a store it is pyarrow's file, which reads alike."""
         if not self.remote:
             return self.local.open("rb")
         system, path = _system(self.text)
-        return cast(BinaryIO, system.open_input_file(path))
+        return cast(BufferedReader, system.open_input_file(path))
 
     def read_bytes(self) -> bytes:
         if not self.remote:

@@ -47,7 +47,7 @@ def lengths_of(shards: ShardManifest, number: int, spec: ProcessorSpec, tokenize
     with place.open() as file:
         for rows in pq.ParquetFile(file).iter_batches(batch_size=256, columns=["id", "turns"]):
             for row in rows.to_pylist():
-                turns = tuple(Turn(role=turn["role"], text=turn["text"]) for turn in row["turns"])
+                turns = tuple(Turn(**turn) for turn in row["turns"])
                 pictures = (b"",) * int(shards.row_images[start + len(lengths)])
                 try:
                     lengths.append(processor.length(Sample(row["id"], turns, pictures)))

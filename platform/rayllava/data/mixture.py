@@ -18,7 +18,7 @@ import numpy as np
 from rayllava import durable
 from rayllava.data.ingest import Policy, check, settle
 from rayllava.data.order import permutation
-from rayllava.data.sources import SOURCES, Portion, Record
+from rayllava.data.sources import SOURCES, Portion, Record, records
 from rayllava.data.spill import Copies, File, Job, count
 from rayllava.place import Place
 
@@ -75,9 +75,7 @@ class Mixture:
         num_bytes, num_records = 0, 0
         for portion, files in itertools.groupby(self.files, key=lambda file: self.portions[file.portion]):
             file = next(files)
-            read = SOURCES[portion.source].read
-            assert read is not None
-            peeked = list(itertools.islice(read(file.place), _PEEKED))
+            peeked = list(itertools.islice(records(portion.source, file.place), _PEEKED))
             for record in peeked:
                 self._check(record, file, portion, policy)
             num_records += len(peeked)
@@ -141,11 +139,8 @@ def _files(portion: Portion) -> list[tuple[Place, str]]:
 def _identity(place: Place, portion: Portion) -> str:
     """Return a digest of a file of text; of one that holds pictures, of its size and both its ends."""
     if not SOURCES[portion.source].suffixes:
-        hasher = hashlib.blake2b(digest_size=16)
         with place.open() as file:
-            while chunk := file.read(_END):
-                hasher.update(chunk)
-        return hasher.hexdigest()
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     size = place.size()
     with place.open() as file:
         head = file.read(_END)

@@ -245,5 +245,5 @@ _COLUMNS = ["id", "images", "turns"]
 
 def _sample(group: pa.Table, row: int) -> Sample:
     values = {name: group.column(name)[row].as_py() for name in _COLUMNS}
-    turns = tuple(Turn(role=turn["role"], text=turn["text"]) for turn in values["turns"])
+    turns = tuple(Turn(**turn) for turn in values["turns"])
     return Sample(id=values["id"], turns=turns, images=tuple(values["images"]))

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from rayllava.data.ingest import Rejected, ShardSpec, check, settle
 from rayllava.data.order import mixed
-from rayllava.data.sources import SOURCES, Portion, Record
+from rayllava.data.shards import SCHEMA
+from rayllava.data.sources import Portion, Record, records
 from rayllava.place import Place
 from rayllava.records import Turn
 
@@ -41,7 +42,7 @@ ROWS = pa.schema(
         ("copy", pa.int32()),
         ("line", pa.int64()),
         ("id", pa.string()),
-        ("turns", pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())]))),
+        SCHEMA.field("turns"),
         ("names", pa.list_(pa.string())),
         ("pictures", pa.list_(pa.binary())),
     ]
@@ -112,7 +113,7 @@ def spill(job: Job, task: int, numbers: list[int], copies: Mapping[int, Copies])
     if (account := Account.load(beside, job.key)) is not None:
         return account
     folder = job.unfinished / f"spill-{task:03d}"
-    records: Counter[str] = Counter()
+    num_read: Counter[str] = Counter()
     mended: Counter[str] = Counter()
     rejected: list[Rejected] = []
     with job.unfinished.scratch() as scratch:
@@ -120,7 +121,7 @@ def spill(job: Job, task: int, numbers: list[int], copies: Mapping[int, Copies])
         for at in numbers:
             file = job.files[at]
             for number, record, times in _read(job, file, copies.get(at)):
-                records[file.source] += 1
+                num_read[file.source] += 1
                 record, done = settle(record)
                 mended.update(set(done))
                 reason = check(record) or _homeless(record, job.portions[file.portion])
@@ -131,20 +132,18 @@ def spill(job: Job, task: int, numbers: list[int], copies: Mapping[int, Copies])
                     key = mixed(job.spec.seed, at, number, copy)
                     buckets.add(key, _row(record, key, file, number, copy))
                 if reason and job.spec.policy == "fail":
-                    return Account(job.key, dict(records), buckets.num_rows, dict(mended), rejected)
+                    return Account(job.key, dict(num_read), buckets.num_rows, dict(mended), rejected)
         for path in buckets.close():
             (folder / path.name).take(path, sync=False)
     os.sync()  # one flush for all: the account below must not outlive what it tells of
-    account = Account(job.key, dict(records), buckets.num_rows, dict(mended), rejected)
+    account = Account(job.key, dict(num_read), buckets.num_rows, dict(mended), rejected)
     account.save(beside)
     return account
 
 
 def count(file: File, source: str) -> int:
     """Return the number of records of a file."""
-    read = SOURCES[source].read
-    assert read is not None
-    return sum(1 for _ in read(file.place))
+    return sum(1 for _ in records(source, file.place))
 
 
 def bucket_rows(job: Job, bucket: int, num_tasks: int) -> pa.Table:
@@ -161,15 +160,13 @@ def bucket_rows(job: Job, bucket: int, num_tasks: int) -> pa.Table:
 
 def record_of(row: Mapping[str, Any]) -> Record:
     """Return the record that a bucket's row was made of."""
-    turns = tuple(Turn(role=turn["role"], text=turn["text"]) for turn in row["turns"])
+    turns = tuple(Turn(**turn) for turn in row["turns"])
     return Record(row["line"], row["id"], turns, (*row["names"], *row["pictures"]))
 
 
 def _read(job: Job, file: File, copies: Copies | None) -> Iterator[tuple[int, Record, int]]:
     portion = job.portions[file.portion]
-    read = SOURCES[portion.source].read
-    assert read is not None
-    for number, record in enumerate(read(file.place)):
+    for number, record in enumerate(records(portion.source, file.place)):
         yield number, record, int(portion.repeat) if copies is None else int(copies[number])
 
 

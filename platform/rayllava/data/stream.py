@@ -10,7 +10,6 @@ one process with threads. All three give the same atoms, whatever the number of 
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,8 +28,6 @@ from rayllava.records import IGNORE, Batch, Example
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
-
-log = logging.getLogger(__name__)
 
 _AHEAD = 4
 """Atoms a worker fetches before it needs them."""

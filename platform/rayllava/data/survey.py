@@ -12,7 +12,7 @@ from typing import Any
 from rayllava.data.ingest import Rejected, ShardSpec, check, load, settle
 from rayllava.data.mixture import Mixture
 from rayllava.data.sharding import judge, tasks
-from rayllava.data.sources import SOURCES, Record
+from rayllava.data.sources import Record, records
 from rayllava.place import Place
 from rayllava.progress import Progress
 
@@ -117,11 +117,9 @@ def examine(records: list[Record], source: str, images: str) -> Survey:
 def _calls(mixture: Mixture, next_file: Callable[[], None]) -> Iterator[tuple[list[Record], str, str]]:
     for file in mixture.files:
         portion = mixture.portions[file.portion]
-        read = SOURCES[portion.source].read
-        assert read is not None
         held: list[Record] = []
         size = 0
-        for record in read(file.place):
+        for record in records(portion.source, file.place):
             held.append(record)
             size += sum(len(image) for image in record.images if isinstance(image, bytes))
             if len(held) == _RECORDS_AT_ONCE or size > _BYTES_AT_ONCE:

@@ -68,3 +68,10 @@ class Source:
 
 
 SOURCES = Shelf("rayllava.data.sources", Source)
+
+
+def records(source: str, annotations: Place) -> Iterator[Record]:
+    """Yield the records of a file with the source of this key, which is no mixture."""
+    read = SOURCES[source].read
+    assert read is not None, f"{source} lists portions"
+    return read(annotations)
