@@ -4,15 +4,14 @@
     turns   "<image>⏎What?"  -> ids     int32 (T,)   <image> becomes a run of image tokens
                              -> labels  int32 (T,)   -100 on everything the user said
 
-    turns --_rounds--> questions and answers --Template.render--> spans --_strip--> positions --_fit--> positions
+    turns --_rounds--> questions and answers --Template.render--> spans --_strip--> runs --_fit--> runs
 
-A position knows its id, its part of the dialogue and its round. Labels are read off the parts, and turns that
+A run of ids knows its part of the dialogue and its round. Labels are read off the parts, and turns that
 do not fit are left out by their round, so nothing is ever searched for in finished ids.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -31,13 +30,12 @@ class SampleError(ValueError):
     """A sample that cannot become an example; the message says why."""
 
 
-class Position(NamedTuple):
-    """One id of an example before it is laid into arrays, or a run of the same id."""
+class Run(NamedTuple):
+    """Neighbouring ids of one part of one round."""
 
-    id: int
+    ids: np.ndarray  # int32 (T,)
     part: Part
     round: int
-    times: int = 1
 
 
 class Processor:
@@ -94,9 +92,8 @@ class Processor:
             raise SampleError(f"template {self.spec.template} takes one question with a picture and one answer")
         whole = self._strip(self.template.render(rounds, system=system))
         kept, cut = self._fit(whole, open_turn=open_turn)
-        counts = [p.times for p in kept]
-        ids = np.repeat(np.array([p.id for p in kept], dtype=np.int32), counts)
-        spoken = np.repeat(np.array([p.part in ("answer", "stop") for p in kept], dtype=bool), counts)
+        ids = np.concatenate([run.ids for run in kept])
+        spoken = np.repeat([run.part in ("answer", "stop") for run in kept], [len(run.ids) for run in kept])
         if not open_turn and not spoken.any():
             inside = f" within max_length={self.spec.max_length}" if cut else ""
             raise SampleError(f"it has no answer to learn from{inside}")
@@ -117,14 +114,14 @@ class Processor:
             for r, count in zip(rounds, counts, strict=True)
         ]
 
-    def _strip(self, rounds: Sequence[Sequence[Span]]) -> list[Position]:
-        """Return the positions of rendered rounds."""
+    def _strip(self, rounds: Sequence[Sequence[Span]]) -> list[Run]:
+        """Return the ids of rendered rounds."""
         spans = [(span, number) for number, spoken in enumerate(rounds) for span in spoken]
-        strip: list[Position] = []
+        strip: list[Run] = []
         start = 0
         for end in range(1, len(spans) + 1):
             if end == len(spans) or self._cuts(spans[end - 1], spans[end], at_front=end == 1):
-                strip += self._positions(spans[start:end])
+                strip += self._runs(spans[start:end])
                 start = end
         return strip
 
@@ -138,31 +135,36 @@ class Processor:
         places = {(_piece_of(span.part), number) for span, number in (left, right)}
         return bool(kinds & {"bos", "eos"}) or len(places) == 2
 
-    def _positions(self, piece: Sequence[tuple[Span, int]]) -> list[Position]:
+    def _runs(self, piece: Sequence[tuple[Span, int]]) -> list[Run]:
         (first, number), *rest = piece
         if first.kind == "image":
-            return [Position(self.spec.image_token_id, first.part, number, self.spec.num_image_tokens)]
+            image = np.full(self.spec.num_image_tokens, self.spec.image_token_id, dtype=np.int32)
+            return [Run(image, first.part, number)]
         if first.kind in ("bos", "eos") and not rest:
             special = self._special(first)
-            return [] if special is None else [Position(special, first.part, number)]
+            return [] if special is None else [Run(np.array([special], dtype=np.int32), first.part, number)]
         return self._tokenise(piece)
 
-    def _tokenise(self, spans: Sequence[tuple[Span, int]]) -> list[Position]:
-        """Return the positions of spans that are one string; a token belongs to the span of its last character."""
+    def _tokenise(self, spans: Sequence[tuple[Span, int]]) -> list[Run]:
+        """Return the ids of spans that are one string; a token belongs to the span of its last character."""
         texts = [self._spelled(span) for span, _ in spans]
-        ends = list(accumulate(map(len, texts)))
-        tokens = self.tokenizer.encode("".join(texts))
+        ends = np.cumsum([len(text) for text in texts])
+        ids, starts, stops = self.tokenizer.encode("".join(texts))
         for index in range(1, len(spans)):
-            seam = ends[index - 1]
             asked, answered = spans[index - 1][0].part, spans[index][0].part
-            if asked == "prompt" and answered != "prompt" and any(t.start < seam < t.end for t in tokens):
-                # A token over the seam would be half question, half answer, and no open prompt could end there.
-                return self._tokenise(spans[:index]) + self._tokenise(spans[index:])
-        positions = []
-        for token in tokens:
-            span, number = spans[min(bisect_right(ends, max(token.start, token.end - 1)), len(spans) - 1)]
-            positions.append(Position(token.id, span.part, number))
-        return positions
+            if asked == "prompt" and answered != "prompt":
+                seam = ends[index - 1]
+                if ((starts < seam) & (seam < stops)).any():
+                    # A token over the seam would be half question, half answer; no open prompt could end there.
+                    return self._tokenise(spans[:index]) + self._tokenise(spans[index:])
+        if not len(ids):
+            return []
+        owners = np.searchsorted(ends, np.maximum(starts, stops - 1), side="right").clip(max=len(spans) - 1)
+        cuts = np.flatnonzero(np.diff(owners)) + 1
+        return [
+            Run(piece, spans[owner][0].part, spans[owner][1])
+            for piece, owner in zip(np.split(ids, cuts), owners[[0, *cuts]], strict=True)
+        ]
 
     def _spelled(self, span: Span) -> str:
         if span.kind == "said":
@@ -175,32 +177,33 @@ class Processor:
     def _special(self, span: Span) -> int | None:
         return self.spec.bos_token_id if span.kind == "bos" else self.spec.eos_token_id
 
-    def _fit(self, strip: list[Position], *, open_turn: bool) -> tuple[list[Position], bool]:
+    def _fit(self, strip: list[Run], *, open_turn: bool) -> tuple[list[Run], bool]:
         """Return what `max_length` has room for, and whether anything that is learned had to go.
 
         Whole rounds go first, from the end. A first round that is too long on its own loses the end of its answer,
         and with it the stop token, so that the model does not learn to stop in mid-sentence.
         """
         limit = self.spec.max_length
-        if sum(p.times for p in strip) <= limit:
+        ends = list(accumulate(len(run.ids) for run in strip))
+        if ends[-1] <= limit:
             return strip, False
-        strip = [p._replace(times=1) for p in strip for _ in range(p.times)]
         if open_turn:
-            raise SampleError(f"the prompt takes {len(strip)} positions; max_length={limit} is the most")
+            raise SampleError(f"the prompt takes {ends[-1]} positions; max_length={limit} is the most")
+        head = [run._replace(ids=run.ids[: max(0, limit - end)]) for run, end in zip(strip, [0, *ends], strict=False)]
         last = strip[-1].round
         spoken_until = dict.fromkeys(range(last + 1), 0)
-        for index, position in enumerate(strip):
-            if position.part != "gap":
-                spoken_until[position.round] = index + 1
+        for run, end in zip(strip, ends, strict=True):
+            if run.part != "gap":
+                spoken_until[run.round] = end
         num_whole = sum(end <= limit for end in spoken_until.values())
         if num_whole:
-            return [p for p in strip[:limit] if p.round < num_whole], num_whole <= last
-        num_prompt = sum(p.part == "prompt" and p.round == 0 for p in strip)
+            return [run for run in head if run.round < num_whole], num_whole <= last
+        num_prompt = sum(len(run.ids) for run in strip if run.part == "prompt" and run.round == 0)
         if num_prompt >= limit:
             raise SampleError(
                 f"its first question takes {num_prompt} positions; max_length={limit} leaves no room for an answer"
             )
-        return [p for p in strip[:limit] if p.part != "stop"], True
+        return [run for run in head if run.part != "stop"], True
 
     def _pixels(self, images: Sequence[bytes]) -> np.ndarray:
         size = self.spec.image_size

@@ -1,6 +1,6 @@
 """Text <-> ids, through nothing but a folder's tokenizer.json.
 
-    encode        text            -> (id, start, end) of every token
+    encode        text            -> ids, starts, stops of all tokens
     decode        ids             -> text without control tokens
     StreamDecoder id, id, id, ... -> text, text, text, ...   together: decode(ids)
 
@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from tokenizers import Tokenizer as Backend
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -27,11 +28,13 @@ _MARKUP = re.compile(r"<[^\s<>]+>")
 """Tokens of this look are control tokens even where the vocabulary does not call them special."""
 
 
-class Token(NamedTuple):
-    id: int
-    start: int
-    end: int
-    """Characters of the text that became this token; none for a blank that the tokenizer put in front."""
+class Tokens(NamedTuple):
+    """The tokens of a text, in columns."""
+
+    ids: np.ndarray  # int32 (T,)
+    starts: np.ndarray  # int64 (T,)
+    stops: np.ndarray  # int64 (T,)
+    """Characters of the text that became a token; none for a blank that the tokenizer put in front."""
 
 
 class Tokenizer:
@@ -63,10 +66,11 @@ class Tokenizer:
         """Return text of our own, in which the names of control tokens mean the tokens."""
         return self._literal.sub(lambda found: self._spelling[self._ids[found[0]]], text)
 
-    def encode(self, text: str) -> list[Token]:
+    def encode(self, text: str) -> Tokens:
         """Return the tokens of a text, without a begin or end of sequence around them."""
         encoding = self._backend.encode(text, add_special_tokens=False)
-        return [Token(id_, *span) for id_, span in zip(encoding.ids, encoding.offsets, strict=True)]
+        starts, stops = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+        return Tokens(np.array(encoding.ids, dtype=np.int32), starts, stops)
 
     def decode(self, ids: Iterable[int], *, controls: bool = False) -> str:
         """Return the text of the ids; control tokens are left out, or written by name."""
