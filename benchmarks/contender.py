@@ -50,7 +50,8 @@ class Job:
     start: int
     """Pictures that were seen before; a multiple of `step`."""
     workers: int
-    shuffle: bool = True
+    epochs: int = 1
+    """Ours go from one to the next; ray.data.read_webdataset starts anew. The others take one."""
 
 
 def ours(job: Job, *, pixels: str, ray: bool) -> Batches:
@@ -116,11 +117,12 @@ def ray_webdataset(job: Job, *, decoder: bool | None) -> Batches:
     dataset = ray.data.read_webdataset(paths, decoder=decoder, override_num_blocks=len(paths))
     dataset = dataset.map_batches(squares, batch_size=BATCH, zero_copy_batch=True)
     skip = job.start // BATCH
-    for batch in dataset.iter_batches(batch_size=BATCH, prefetch_batches=4, batch_format="numpy"):
-        if skip:
-            skip -= 1
-            continue
-        yield batch["pixels"]
+    for _ in range(job.epochs):
+        for batch in dataset.iter_batches(batch_size=BATCH, prefetch_batches=4, batch_format="numpy"):
+            if skip:
+                skip -= 1
+                continue
+            yield batch["pixels"]
 
 
 CONTENDERS: dict[str, Callable[[Job], Batches]] = {
@@ -167,7 +169,7 @@ def _stream_spec(job: Job, pixels: str) -> Any:
     return StreamSpec(
         shards=shards,
         shards_digest=ShardManifest.load(shards).digest,
-        data=DataSpec(global_batch=job.step, atom=BATCH),
+        data=DataSpec(global_batch=job.step, atom=BATCH, epochs=job.epochs),
         seed=0,
         processor=assembled.but(pixels=pixels),
         tokenizer_dir=str(job.folder / "tokenizer"),
@@ -207,16 +209,19 @@ def main() -> None:
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--stop", type=int, help="pictures to take; empty takes all, and digests each")
+    parser.add_argument("--stop", type=int, help="pictures to take; without it and `seconds` all, and each digested")
     parser.add_argument("--warm", type=int, default=0, help="pictures before the clock starts")
+    parser.add_argument("--seconds", type=float, help="how long the clock runs")
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--launched", type=float, required=True, help="time.monotonic() of the one who started this")
     args = parser.parse_args()
-    job = Job(args.folder, args.step, args.start, args.workers)
+    job = Job(args.folder, args.step, args.start, args.workers, args.epochs)
     _import(args.name)
     with _cluster(args.name, args.workers):
         ready = time.monotonic()
         batches = CONTENDERS[args.name](job)
-        found = _digest(batches) if args.stop is None else _time(batches, args, ready)
+        digest = args.stop is None and args.seconds is None
+        found = _digest(batches) if digest else _time(batches, args, ready)
         batches.close()  # and with it the loader's processes
         for thread in threading.enumerate():  # Ray Data's, which would call a cluster that is gone
             if thread is not threading.main_thread():
@@ -231,7 +236,7 @@ def _digest(batches: Batches) -> dict[str, Any]:
 
 
 def _time(batches: Batches, args: argparse.Namespace, ready: float) -> dict[str, Any]:
-    """Return when the first step was there, and the rate and cost of what came between `warm` and `stop`.
+    """Return when the first step was there, and the rate and cost of what came after `warm` pictures.
 
     The rate is the slope of a line through all arrivals: batches of some loaders come in bursts.
     """
@@ -245,7 +250,9 @@ def _time(batches: Batches, args: argparse.Namespace, ready: float) -> dict[str,
         if num >= args.warm:
             busy = busy or _cpu_s()
             arrivals.append((now, num))
-        if num >= args.stop:
+        if args.stop is not None and num >= args.stop:
+            break
+        if args.seconds is not None and arrivals and now - arrivals[0][0] >= args.seconds:
             break
     times, counts = np.array(arrivals).T
     return {

@@ -5,10 +5,11 @@
 The same JPEG files through every loader of benchmarks/contender.py, on the same cores, in turns, each time in a fresh
 process. Medians go to the screen and to benchmarks/results/. What the columns are:
 
-    img/s        slope through the arrivals of batches after a warm-up, in the middle of an epoch
+    img/s        slope through the arrivals of batches for some seconds after a warm-up, in the middle of an epoch;
+                 through Ray the warm-up is an epoch longer, for the first use of the object store's memory is slow
     CPU ms       CPU time of the loader's process tree per picture, in the same span: immune to a busy machine
     first        from the start of the process, imports and Ray included, to the pictures of one optimizer step
-    PSS          highest sum of the proportional set sizes of the tree, read from /proc twice a second
+    PSS          highest sum of the proportional set sizes of the tree, read from /proc every two seconds
     resume       from the ready process, imports and Ray up, to the first step when an epoch goes on at 10, 50, 90 %
 """
 
@@ -45,21 +46,22 @@ RESUMED = (0.1, 0.5, 0.9)
 
 
 class Set(NamedTuple):
-    """Pictures of one size and how many of them a measurement takes."""
+    """Pictures of one size, and how much of them a measurement takes."""
 
     side: int
     num: int
     step: int
     warm: int
-    stop: int
+    """Pictures before the clock starts."""
+    seconds: float
 
     @property
     def folder(self) -> Path:
         return ROOT / "runs" / "bench-data" / f"{self.side}-{self.num}"
 
 
-FULL = (Set(640, 2000, step=128, warm=256, stop=1408), Set(2048, 300, step=32, warm=64, stop=224))
-QUICK = (Set(640, 256, step=32, warm=32, stop=192), Set(2048, 64, step=16, warm=16, stop=48))
+FULL = (Set(640, 2000, step=128, warm=256, seconds=7), Set(2048, 300, step=32, warm=64, seconds=7))
+QUICK = (Set(640, 256, step=32, warm=32, seconds=1), Set(2048, 64, step=16, warm=16, seconds=1))
 
 
 class Target(NamedTuple):
@@ -103,7 +105,7 @@ def main() -> None:
     report["workers"] = workers = {name: tune(sets[0], name) for name in names}
     repetitions = 1 if args.quick else args.repetitions
     report["rates"] = {str(one.side): rounds(one, names, workers, repetitions) for one in sets}
-    report["resume"] = resumes(sets[0], names, workers, min(3, repetitions))
+    report["resume"] = resumes(sets[0], names, workers, min(2, repetitions))
     report["targets"] = [
         judge(target, report["rates"])
         for target in TARGETS
@@ -191,7 +193,8 @@ def run(
     words = [sys.executable, str(HERE / "contender.py"), name, str(pictures.folder), "--step", str(pictures.step)]
     words += ["--workers", str(workers), "--start", str(start), "--launched", str(time.monotonic())]
     if measure:
-        words += ["--warm", str(pictures.warm), "--stop", str(pictures.stop)]
+        warm = pictures.warm + ("ray" in name) * pictures.num
+        words += ["--warm", str(warm), "--seconds", str(pictures.seconds), "--epochs", "4"]
     elif stop is not None:
         words += ["--stop", str(stop)]
     load = os.getloadavg()[0]
@@ -200,7 +203,7 @@ def run(
     try:
         while child.poll() is None:
             most = max(most, _pss(child.pid))
-            time.sleep(0.5)
+            time.sleep(2)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # its session: workers that it left behind
