@@ -19,8 +19,8 @@ from pathlib import Path
 
 from rayllava import driver
 from rayllava.generate.ask import AskSpec, endpoint, folder
-from rayllava.recipe import override
 from rayllava.records import IMAGE_MARK, Turn
+from rayllava.spec import override
 
 
 def main(argv: list[str]) -> None:

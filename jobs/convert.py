@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     words = parser.parse_intermixed_args(argv)
 
     from rayllava.convert.run import ConvertSpec, convert
-    from rayllava.recipe import override
+    from rayllava.spec import override
 
     spec = override(ConvertSpec(), words.fields)
     if words.dry_run:

@@ -19,7 +19,7 @@ from pathlib import Path
 from rayllava import driver
 from rayllava.evals.benchmark import BENCHMARKS
 from rayllava.evals.fanout import EngineSpec, evaluate
-from rayllava.recipe import override
+from rayllava.spec import override
 
 
 def main(argv: list[str]) -> None:

@@ -23,7 +23,7 @@ import os
 from contextlib import AbstractContextManager
 
 from rayllava import driver
-from rayllava.recipe import override
+from rayllava.spec import override
 
 
 def main(words: list[str]) -> None:

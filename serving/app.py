@@ -19,7 +19,7 @@ from ray.serve import Application
 
 from rayllava import durable
 from rayllava.checkpoint.manifest import export_dir, read_model_manifest
-from rayllava.recipe import Spec, override
+from rayllava.spec import Spec, override
 from serving.access import check_exposure
 from serving.ingress import Ingress
 from serving.replica import EngineReplica, Load

@@ -25,6 +25,7 @@ LAYERS = [
     ["checkpoint", "prompt", "recipes"],
     ["families", "fetch", "place"],
     ["records", "recipe", "shelf", "log", "durable", "progress"],
+    ["spec"],
 ]
 """Import to a later line only, never from a neighbour on the same line."""
 
@@ -33,6 +34,7 @@ FREE = {("recipe", "recipes")}
 
 LIGHT = [
     "records",
+    "spec",
     "recipe",
     "recipes",
     "families",

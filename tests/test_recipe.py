@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rayllava.recipe import Full, load, override
+from rayllava.recipe import Full, QLoRA, TowerLoRA, load, override
 
 
 def test_words_change_one_field_each_and_nothing_else() -> None:
@@ -17,6 +17,12 @@ def test_words_change_one_field_each_and_nothing_else() -> None:
 
 def test_a_variant_is_written_as_a_difference() -> None:
     assert load("tiny.pretrain").but(tuning=Full()).tuning.kind == "full"
+
+
+def test_another_kind_of_group_keeps_the_fields_that_both_have() -> None:
+    made = override(load("tiny.pretrain"), ["tuning=lora", "tuning.r=8", "tuning.vision=lora", "tuning=qlora"])
+    assert made.tuning == QLoRA(r=8, alpha=256, vision=TowerLoRA())
+    assert override(made, ["tuning=full"]).tuning == Full(vision=TowerLoRA())
 
 
 def test_a_group_that_is_empty_can_be_filled() -> None:
@@ -44,6 +50,9 @@ def test_a_group_that_is_empty_can_be_filled() -> None:
         ("data.max_tokens=1", "data.max_tokens=1: input should be greater than or equal to 8"),
         ("data.group=both", "data.group=both: input should be 'none', 'modality' or 'length'"),
         ("seed.x=1", "seed.x=1: seed has no fields of its own"),
+        ("tuning=some", "tuning=some: input tag 'some' found using 'kind' does not match any of the expected tags"),
+        ("tuning=full tuning.r=3", "unknown field tuning.r; there are: kind, vision"),
+        ("tuning=lora tuning.vision=lora tuning.vision.r=0", "tuning.vision.r=0: input should be greater than"),
         ("hello", "'hello' is not field.path=value"),
     ],
 )

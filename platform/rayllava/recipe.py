@@ -7,34 +7,14 @@ recipe = override(recipe, ["data=shards/mix", "optim.lr=1e-5", "scale.workers=1:
 from __future__ import annotations
 
 import difflib
-import json
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
-S = TypeVar("S", bound="Spec")
-
-
-class Spec(BaseModel):
-    """A frozen group of knobs; unknown names are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    shorthand: ClassVar[str | None] = None
-    """The field that `name=value` means when `name` is the whole spec."""
-
-    def but(self, **changes: Any) -> Self:
-        """Return a validated copy with some fields changed."""
-        return type(self).model_validate({**dict(self), **changes})
+from rayllava.spec import Spec
+from rayllava.spec import override as override  # recipes are what it is mostly used on
 
 
 class ModelSpec(Spec):
@@ -89,19 +69,80 @@ class ProcessorSpec(PromptSpec):
     """Ids that end an answer."""
 
 
-class Projector(Spec):
-    """Train the projector only (stage 1, "pretraining")."""
+class Frozen(Spec):
+    """The vision tower stays as it is."""
 
-    kind: Literal["projector"] = "projector"
+    shorthand: ClassVar[str | None] = "kind"
+
+    kind: Literal["frozen"] = "frozen"
 
 
-class Full(Spec):
-    """Train the projector and every weight of the language model; the tower stays frozen."""
+class TowerLoRA(Spec):
+    """Low-rank adapters on every linear layer of the vision tower."""
+
+    shorthand: ClassVar[str | None] = "kind"
+
+    kind: Literal["lora"] = "lora"
+    r: int = Field(64, ge=1)
+    """Rank."""
+    alpha: float = Field(16.0, gt=0)
+    """The adapters' product is scaled by alpha / r."""
+    dropout: float = Field(0.05, ge=0, lt=1)
+
+
+class TowerFull(Spec):
+    """Every weight of the vision tower that its chosen feature layer depends on."""
+
+    shorthand: ClassVar[str | None] = "kind"
 
     kind: Literal["full"] = "full"
 
 
-Tuning = Annotated[Projector | Full, Field(discriminator="kind")]
+Tower = Annotated[Frozen | TowerLoRA | TowerFull, Field(discriminator="kind")]
+
+
+class Projector(Spec):
+    """Train the projector; the language model stays as it is (stage 1, "pretraining")."""
+
+    shorthand: ClassVar[str | None] = "kind"
+
+    kind: Literal["projector"] = "projector"
+    quant: Literal["none", "nf4"] = "none"
+    """How the frozen language model is held."""
+    vision: Tower = Frozen()
+
+
+class Full(Spec):
+    """Train the projector and every weight of the language model."""
+
+    shorthand: ClassVar[str | None] = "kind"
+
+    kind: Literal["full"] = "full"
+    vision: Tower = Frozen()
+
+
+class LoRA(Spec):
+    """Train the projector and low-rank adapters on the linear layers of the language model, its head apart."""
+
+    shorthand: ClassVar[str | None] = "kind"
+
+    kind: Literal["lora"] = "lora"
+    r: int = Field(128, ge=1)
+    """Rank."""
+    alpha: float = Field(256.0, gt=0)
+    """The adapters' product is scaled by alpha / r."""
+    dropout: float = Field(0.05, ge=0, lt=1)
+    vision: Tower = Frozen()
+
+
+class QLoRA(LoRA):
+    """LoRA on a language model that is held in NF4 with doubly quantized statistics."""
+
+    kind: Literal["qlora"] = "qlora"  # type: ignore[assignment]
+    r: int = Field(512, ge=1)
+
+
+Tuning = Annotated[Projector | Full | LoRA | QLoRA, Field(discriminator="kind")]
 
 
 class DataSpec(Spec):
@@ -131,16 +172,23 @@ class DataSpec(Spec):
 
 
 class OptimSpec(Spec):
-    """AdamW with a linear warm-up and a cosine decay to zero."""
+    """AdamW with a linear warm-up and a cosine decay to zero, as one of the two upstreams counts them."""
 
     lr: float = Field(gt=0)
     projector_lr: float | None = Field(None, gt=0)
     """Learning rate of the projector when it differs from `lr`."""
+    vision_lr: float | None = Field(None, gt=0)
+    """Learning rate of the vision tower, or of its adapters, when it differs from `lr`."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.03, ge=0, le=1)
-    """Fraction of all steps spent warming up, rounded up to whole steps."""
+    """Fraction of all steps spent warming up."""
+    schedule: Literal["trainer", "mmengine"] = "trainer"
+    """trainer: LLaVA's and InternVL's, counted in optimizer steps, from 0 over ceil(warmup * steps) of them.
+    mmengine: XTuner's, counted in micro-steps, from 1e-5 of the rate over floor(warmup * micro-steps) of them."""
+    micro_steps: int = Field(1, ge=1)
+    """Micro-steps in which the recipe's source does a step (its gradient accumulation); mmengine counts them."""
     clip: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 leaves gradients alone. Not left to DeepSpeed, whose default moved."""
 
@@ -258,79 +306,3 @@ def recipe_names() -> list[str]:
             if callable(value) and not key.startswith("_") and value.__module__ == module.__name__:
                 names.append(f"{module_name}.{key}")
     return names
-
-
-def override(spec: S, words: list[str]) -> S:
-    """Return a recipe, or any other spec, with `field.path=value` words applied, left to right.
-
-    Raises ValueError naming the field, the value and what would be right.
-    """
-    tree = spec.model_dump()
-    values: dict[str, str] = {}
-    for word in words:
-        path, equals, text = word.partition("=")
-        if not equals or not path:
-            raise ValueError(f"{word!r} is not field.path=value")
-        path = _put(type(spec), tree, path, text)
-        values[path] = text
-    try:
-        return type(spec).model_validate(tree)
-    except ValidationError as error:
-        raise ValueError(_one_line(error, values)) from error
-
-
-def _put(spec: Any, tree: dict[str, Any], path: str, text: str) -> str:
-    """Set a leaf of the tree and return its full path."""
-    branch = tree
-    *parents, leaf = path.split(".")
-    for depth, key in enumerate(parents):
-        spec = _spec_of(spec, key, ".".join(parents[: depth + 1]), branch)
-        if not _is_spec(spec):
-            raise ValueError(f"{path}={text}: {'.'.join(parents[: depth + 1])} has no fields of its own")
-        if branch.get(key) is None:
-            branch[key] = {}
-        branch = branch[key]
-    field = _spec_of(spec, leaf, path, branch)
-    if _is_spec(field):
-        inner = field.shorthand
-        if inner is None:
-            some = f"{path}.{next(iter(field.model_fields))}"
-            raise ValueError(f"{path}={text}: {path} is a group of fields; set one of them, as in {some}=...")
-        branch = branch[leaf]
-        leaf, path = inner, f"{path}.{inner}"
-    branch[leaf] = _value(text)
-    return path
-
-
-def _spec_of(spec: Any, key: str, path: str, branch: dict[str, Any]) -> Any:
-    """Return the type of a field: a Spec class for a group, anything else for a leaf."""
-    fields = spec.model_fields
-    if key not in fields:
-        near = difflib.get_close_matches(key, fields, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"unknown field {path}; {hint}there are: {', '.join(fields)}")
-    kind = fields[key].annotation
-    options = [option for option in getattr(kind, "__args__", (kind,)) if _is_spec(option)]
-    if len(options) > 1:  # a union of specs: the one that the tree holds now
-        return next(o for o in options if o.model_fields["kind"].default == branch[key]["kind"])
-    return options[0] if options else kind
-
-
-def _is_spec(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Spec)
-
-
-def _value(text: str) -> Any:
-    """Read numbers, booleans, null and lists as JSON; anything else is the text itself."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return {"True": True, "False": False, "None": None}.get(text, text)
-
-
-def _one_line(error: ValidationError, values: dict[str, str]) -> str:
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"] if part not in ("projector", "full"))
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    return f"{path}={values.get(path, first['input'])}: {message}" if path else message

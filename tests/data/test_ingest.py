@@ -11,8 +11,8 @@ from PIL import Image
 from rayllava.data.ingest import ShardSpec, check, load, settle
 from rayllava.data.sources import Record
 from rayllava.place import Place
-from rayllava.recipe import override
 from rayllava.records import Turn
+from rayllava.spec import override
 
 WORDS = {"u": "user", "a": "assistant", "s": "system"}
 

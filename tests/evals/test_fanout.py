@@ -11,8 +11,8 @@ import pytest
 
 from rayllava.evals.benchmark import Benchmark, Item
 from rayllava.evals.fanout import EngineSpec, _Exam, evaluate
-from rayllava.recipe import override
 from rayllava.records import Score
+from rayllava.spec import override
 from tests.evals.files import write_pope, write_textvqa
 from tests.evals.oracle import Oracle
 

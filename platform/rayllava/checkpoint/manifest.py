@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from rayllava import durable
-from rayllava.recipe import ProcessorSpec, Spec
+from rayllava.recipe import ProcessorSpec
+from rayllava.spec import Spec
 
 
 class ModelManifest(Spec):

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from rayllava import durable
-from rayllava.recipe import ProcessorSpec, Recipe, Spec
+from rayllava.recipe import ProcessorSpec, Recipe
+from rayllava.spec import Spec
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from rayllava.convert import prove
 from rayllava.families import FAMILIES
 from rayllava.generate.load import dtype_of
 from rayllava.prompt.chat import TEMPLATES
-from rayllava.recipe import Spec
+from rayllava.spec import Spec
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from pydantic import Field
 
 from rayllava.data.sources import Record
 from rayllava.place import Place, names_nothing
-from rayllava.recipe import Spec
 from rayllava.records import IMAGE_MARK, Sample, Turn
+from rayllava.spec import Spec
 
 MAX_BYTES = 60 << 20
 """Most bytes of pictures in one record: 32 of them must fit into one column chunk of Arrow."""

@@ -23,8 +23,9 @@ from rayllava.data.plan import GROUP, WINDOW, Atom, Plan
 from rayllava.data.shards import ShardReader
 from rayllava.prompt.collate import collate, dummy, from_table, to_table
 from rayllava.prompt.encode import Processor, SampleError
-from rayllava.recipe import DataSpec, ProcessorSpec, Spec
+from rayllava.recipe import DataSpec, ProcessorSpec
 from rayllava.records import IGNORE, Batch, Example
+from rayllava.spec import Spec
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset

@@ -24,8 +24,8 @@ from rayllava.evals.benchmark import BENCHMARKS, Benchmark, Item
 from rayllava.evals.fleet import Chunk, Engine, Fleet, Load
 from rayllava.evals.run import Journal, claim, model_digest, score_json, score_run
 from rayllava.progress import Progress
-from rayllava.recipe import Spec
 from rayllava.records import Prediction, Score
+from rayllava.spec import Spec
 
 log = logging.getLogger(__name__)
 

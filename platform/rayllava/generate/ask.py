@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rayllava.recipe import Spec
 from rayllava.records import IMAGE_MARK, Request, Turn
+from rayllava.spec import Spec
 
 Ask = Callable[[tuple[Turn, ...], tuple[bytes, ...]], Iterator[str]]
 """Yields the answer to a dialogue about pictures, piece by piece."""

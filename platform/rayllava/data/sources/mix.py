@@ -18,7 +18,7 @@ from rayllava.data.sources import SOURCES, Portion, Source
 from rayllava.data.sources._jsonrows import document
 from rayllava.data.sources._mixture import beside
 from rayllava.place import Place
-from rayllava.recipe import Spec
+from rayllava.spec import Spec
 
 _Name = Annotated[str, Field(min_length=1)]
 
