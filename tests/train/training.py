@@ -24,7 +24,7 @@ def recipe(model: ModelSpec, zero: int, dtype: str = "float32") -> Recipe:
         prompt=PromptSpec(template="vicuna_v1", max_length=128),
         tuning=Full(),
         data=DataSpec(global_batch=20, atom=4),
-        optim=OptimSpec(lr=3e-3, projector_lr=1e-2, clip=0.5),
+        optim=OptimSpec(lr=3e-3, projector_lr=1e-2, warmup=0.1, clip=0.5),
         scale=ScaleSpec(zero=zero, dtype=dtype, device="cpu", checkpointing=False, threads=1),
         seed=5,
     )
@@ -85,7 +85,7 @@ def _curve(task: dict[str, Any], zero: int) -> list[float]:
             engine.backward(atom, num_targets=int(targets), last=index == len(atoms) - 1)
             for index, atom in enumerate(atoms)
         ]
-        engine.step(lr_factor(step, num_steps=task["of"], warmup=0.1))
+        engine.step(lr_factor(step, num_steps=task["of"], optim=made.optim))
         losses.append(engine.sum(sum(parts))[0] / targets)
         if task.get("save") and step + 1 == task["save_at"]:
             engine.save(Path(task["save"]) / f"zero{zero}")

@@ -56,7 +56,7 @@ def run(manifest: RunManifest, decision: Decision, feed: Feed, *, device: torch.
             engine.backward(atom, num_targets=int(targets), last=index == len(atoms) - 1)
             for index, atom in enumerate(atoms)
         ]
-        factor = lr_factor(step, num_steps=manifest.num_steps, warmup=recipe.optim.warmup)
+        factor = lr_factor(step, num_steps=manifest.num_steps, optim=recipe.optim)
         engine.step(factor)
         loss = engine.sum(sum(losses))[0] / targets
         if not math.isfinite(loss):
