@@ -258,6 +258,8 @@ class Recipe(Spec):
     """The run's folder (RUN). The same command run again continues what is there."""
     init_from: str = ""
     """A run whose weights, and model parts, this one starts from."""
+    after: str = ""
+    """Recipe whose run `init_from` names."""
     fresh: bool = False
     """Start over although `out` already holds a run."""
     seed: int = 42

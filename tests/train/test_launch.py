@@ -72,10 +72,24 @@ def test_a_hub_id_without_a_network_names_the_folder_to_give(
         launch.prepare(tiny(parts, dialogues, tmp_path / "run", "model.llm=owner/name"))
 
 
-def test_a_second_stage_without_a_first_says_what_is_missing(dialogues: Path, tmp_path: Path) -> None:
-    made = recipe.override(recipe.load("tiny.finetune"), [f"data={dialogues}", f"out={tmp_path / 'run'}"])
-    with pytest.raises(ValueError, match=r"tiny\.finetune starts from an earlier run; add init_from=DIR"):
-        launch.prepare(made)
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("tiny.finetune", "python jobs/pretrain.py tiny.pretrain data=DIR out=DIR"),
+        ("llava_v15.task_13b", "python jobs/finetune.py llava_v15.finetune_13b data=DIR out=DIR"),
+    ],
+)
+def test_a_second_stage_without_a_first_names_the_command_that_makes_one(name: str, command: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        launch.prepare(recipe.load(name))
+    assert str(caught.value) == (
+        f"{name} starts from an earlier run; add init_from=DIR, the out folder of `{command}`"
+    )
+
+
+def test_a_second_stage_of_nobodys_is_asked_for_its_first() -> None:
+    with pytest.raises(ValueError, match=r"add init_from=DIR, the out folder of its first stage$"):
+        launch.prepare(recipe.load("tiny.finetune").but(after=""))
 
 
 def test_a_run_is_continued_by_the_same_recipe_only(parts: ModelSpec, dialogues: Path, tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ def pretrain() -> Recipe:
 
 
 def finetune() -> Recipe:
-    """Stage 2: projector and language model learn to answer; needs init_from, a run of tiny.pretrain."""
+    """Stage 2: projector and language model learn to answer."""
     return pretrain().but(
         model=None,
+        after="tiny.pretrain",
         prompt=PromptSpec(template="vicuna_v1", max_length=512),
         tuning=Full(),
         data=DataSpec(global_batch=16, atom=8),

@@ -28,7 +28,7 @@ from rayllava.data.plan import Plan
 from rayllava.data.shards import ShardManifest
 from rayllava.data.stream import StreamSpec
 from rayllava.prompt.assemble import assemble
-from rayllava.recipe import Recipe
+from rayllava.recipe import Recipe, load
 from rayllava.train.meter import Watch
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 LENGTHS = "lengths.npy"
 """File of a packing run: the exact positions of every sample."""
 
-_FREE_TO_CHANGE = ("scale", "save", "fresh", "name")
+_FREE_TO_CHANGE = ("scale", "save", "fresh", "name", "after")
 """Parts of a recipe that a continued run may state differently: they do not change what is computed."""
 
 
@@ -194,10 +194,16 @@ def _with_model(recipe: Recipe) -> Recipe:
             )
         model = before.recipe.model
     if model is None:
-        raise ValueError(
-            f"{recipe.name} starts from an earlier run; add init_from=DIR, the out folder of its first stage"
-        )
+        raise ValueError(f"{recipe.name} starts from an earlier run; add init_from=DIR, {_out_of(recipe.after)}")
     return recipe.but(model=local_parts(model))
+
+
+def _out_of(after: str) -> str:
+    """Say which folder `init_from` wants: the one that a recipe's command writes."""
+    if not after:
+        return "the out folder of its first stage"
+    job = "pretrain" if load(after).tuning.kind == "projector" else "finetune"
+    return f"the out folder of `python jobs/{job}.py {after} data=DIR out=DIR`"
 
 
 def _continued(recipe: Recipe, shards: ShardManifest, run_dir: Path) -> RunManifest:
