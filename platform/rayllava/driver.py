@@ -69,7 +69,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def recipe_words(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the words of a training job: RECIPE [field.path=value ...]."""
-    made.add_argument("recipe", metavar="RECIPE", help="module.function, e.g. tiny.finetune")
+    named = "module.function, e.g. tiny.finetune, or an upstream file, see docs/recipes.md"
+    made.add_argument("recipe", metavar="RECIPE", help=named)
     made.add_argument("fields", nargs="*", metavar="field.path=value", help="data=DIR out=DIR init_from=DIR ...")
     return made
 

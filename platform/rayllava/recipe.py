@@ -6,7 +6,7 @@ recipe = override(recipe, ["data=shards/mix", "optim.lr=1e-5", "scale.workers=1:
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -29,7 +29,10 @@ class ModelSpec(Spec):
     vision_feature_layer: int = -2
     """Index into the tower's hidden states, counted from the end (-1 is the last block's output)."""
     vision_feature_select: Literal["default", "full"] = "default"
-    """default drops the class token (LLaVA's `patch`), full keeps it (`cls_patch`)."""
+    """default drops the class token (LLaVA's `patch`), full keeps it (`cls_patch`). A tower without one (SigLIP)
+    takes full."""
+    image_size: int | None = Field(None, ge=1)
+    """Side of the picture in pixels when the tower was made for another: its positions are interpolated."""
 
 
 class PromptSpec(Spec):
@@ -279,32 +282,28 @@ class Recipe(Spec):
 
 
 def load(name: str) -> Recipe:
-    """Return the recipe `module.function` of rayllava.recipes.
+    """Return the recipe `module.function` of rayllava.recipes, or the one that reproduces an upstream file.
 
-    Raises LookupError that lists what there is.
+    `name` may be a script or config of LLaVA, XTuner or InternVL, with or without its folder and ending; the
+    recipe carries its own name. Raises LookupError with what is near, or lists what there is.
     """
-    module_name, _, function_name = name.partition(".")
-    if module_name in recipe_modules() and function_name.isidentifier() and not function_name.startswith("_"):
-        function = getattr(import_module(f"rayllava.recipes.{module_name}"), function_name, None)
-        if callable(function) and getattr(function, "__module__", "") == f"rayllava.recipes.{module_name}":
-            return function().but(name=name)
-    names = recipe_names()
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise LookupError(f"no recipe {name!r}; {hint}there are: {', '.join(names)}")
-
-
-def recipe_modules() -> list[str]:
-    folder = Path(import_module("rayllava.recipes").__path__[0])
-    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    functions = _functions()
+    if name not in functions:
+        name = import_module("rayllava.recipes._origin").look_up(name, list(functions))
+    return functions[name]().but(name=name)
 
 
 def recipe_names() -> list[str]:
     """Return every `module.function` of rayllava.recipes."""
-    names = []
-    for module_name in recipe_modules():
-        module = import_module(f"rayllava.recipes.{module_name}")
+    return list(_functions())
+
+
+def _functions() -> dict[str, Callable[[], Recipe]]:
+    found = {}
+    folder = Path(import_module("rayllava.recipes").__path__[0])
+    for stem in sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")):
+        module = import_module(f"rayllava.recipes.{stem}")
         for key, value in vars(module).items():
             if callable(value) and not key.startswith("_") and value.__module__ == module.__name__:
-                names.append(f"{module_name}.{key}")
-    return names
+                found[f"{stem}.{key}"] = value
+    return found
