@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _MANY = 200
 """Files of a folder beyond which one flush of everything is quicker than one for each."""
@@ -17,17 +17,8 @@ _MANY = 200
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content`; a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    sync_dir(path.parent)
+    with new_file(path) as file:
+        file.write(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -36,6 +27,25 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that becomes `path` when the block ends well and vanishes otherwise.
+
+    What already stands at `path` is replaced.
+    """
+    make_dir(path.parent)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_dir(path.parent)
 
 
 @contextmanager
@@ -64,6 +74,14 @@ def new_dir(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     sync_dir(path.parent)
+
+
+def make_dir(path: Path) -> None:
+    """Make a folder and those above it that are missing, each so that a power cut does not lose it."""
+    if not path.is_dir():
+        make_dir(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_dir(path.parent)
 
 
 def sync_file(path: Path) -> None:

@@ -7,16 +7,17 @@ place = Place("s3://bucket/shards?endpoint_override=127.0.0.1:9000&scheme=http")
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
 from rayllava import durable
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
 _NAMED_WRONG = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}
+_PIECE = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,8 @@ class Place:
     def files(self, suffixes: tuple[str, ...] = ()) -> list[Self]:
         """Return the files of a folder, those of its folders too, in the order of their names."""
         if not self.remote:
-            names = [str(p.relative_to(self.local)) for p in self.local.rglob("*") if p.is_file()]
+            paths = [Path(folder, name) for folder, _, names in os.walk(self.local, onerror=_heard) for name in names]
+            names = [str(path.relative_to(self.local)) for path in paths if path.is_file()]
         else:
             from pyarrow.fs import FileSelector
 
@@ -114,6 +117,16 @@ class Place:
         with self.open() as file:
             return file.read()
 
+    def digest(self) -> str:
+        """Return the BLAKE2b-256 hex digest of a file."""
+        if not self.remote:
+            return durable.digest(self.local)
+        found = hashlib.blake2b(digest_size=32)
+        with self.open() as file:
+            while piece := file.read(_PIECE):
+                found.update(piece)
+        return found.hexdigest()
+
     def write_bytes(self, content: bytes) -> None:
         """Replace a file by `content`; a reader sees the old file or the new one."""
         if not self.remote:
@@ -122,6 +135,27 @@ class Place:
         system, path = _system(self.text)
         with system.open_output_stream(path) as file:  # a store shows an object when its stream is closed
             file.write(content)
+
+    @contextmanager
+    def new_file(self) -> Iterator[BinaryIO]:
+        """Yield a file to write under a new name; a reader sees nothing of it, or all once the block has ended well.
+
+        Where the block fails a store, which cannot break off, may show what was written until it is removed here.
+        """
+        if not self.remote:
+            with durable.new_file(self.local) as file:
+                yield file
+            return
+        system, path = _system(self.text)
+        stream = system.open_output_stream(path)
+        try:
+            yield stream
+        except BaseException:
+            with suppress(OSError):  # what made the block fail counts more
+                stream.close()
+                self.remove()
+            raise
+        stream.close()
 
     def take(self, path: Path, *, sync: bool = True) -> None:
         """Move a finished local file here; a reader sees nothing or all of it."""
@@ -134,7 +168,7 @@ class Place:
         from pyarrow.fs import LocalFileSystem, copy_files
 
         system, target = _system(self.text)
-        copy_files(str(path.absolute()), target, LocalFileSystem(), system, chunk_size=8 << 20)
+        copy_files(str(path.absolute()), target, LocalFileSystem(), system, chunk_size=_PIECE)
         path.unlink()
 
     def move(self, target: Place) -> None:
@@ -164,10 +198,11 @@ class Place:
         from pyarrow.fs import FileType
 
         kind = self._info().type
-        if kind == FileType.File:
-            system.delete_file(path)
-        elif kind == FileType.Directory:
-            system.delete_dir(path)
+        with suppress(FileNotFoundError):  # somebody else was quicker
+            if kind == FileType.File:
+                system.delete_file(path)
+            elif kind == FileType.Directory:
+                system.delete_dir(path)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -200,6 +235,12 @@ class Place:
 def names_nothing(error: OSError) -> bool:
     """Say whether an error tells that a name leads to no readable file, rather than that a disk or store failed."""
     return error.errno in _NAMED_WRONG
+
+
+def _heard(error: OSError) -> None:
+    """Let a folder vanish while it is listed, but never take one that cannot be read for an empty one."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _system(text: str) -> tuple[FileSystem, str]:
