@@ -40,6 +40,10 @@ class Sample:
     turns: tuple[Turn, ...]
     images: tuple[bytes, ...] = ()
     """Encoded image files (PNG, JPEG, ...) in the order of their marks."""
+    key: str = ""
+    """`source:line`, and `#copy` behind it for a repeat: where the row of a shard came from, which is what a ledger
+    and the audit know it by. Empty for what is in no shard. An id is not unique; the seven questions that are made
+    of one RefCOCO row share a key."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +51,7 @@ class Example:
     """A sample in the model's own terms."""
 
     id: str
+    """The sample's key, or its id where it has none."""
     ids: NDArray[np.int32]
     """(T,) token ids; a picture is a run of image token ids."""
     labels: NDArray[np.int32]
@@ -76,7 +81,9 @@ class Batch:
     pixels: NDArray[np.uint8]
     """(N, 3, S, S) pictures of all rows in textual order"""
     sample_ids: tuple[str, ...]
-    """One id an example; empty for a dummy, which weighs nothing and keeps the ranks in step."""
+    """One id an example, which is its key; empty for a dummy, which weighs nothing and keeps the ranks in step."""
+    index: int = -1
+    """0-based place of the atom in its step; -1 for a dummy, and outside of a step."""
 
     @property
     def num_targets(self) -> int:

@@ -51,7 +51,7 @@ def spec_of(shards: str, processor: tuple[ProcessorSpec, str], **words: Any) -> 
 
 def bits(batch: Batch) -> tuple[Any, ...]:
     arrays = (batch.ids, batch.labels, batch.positions, batch.lengths, batch.pixels)
-    return (batch.sample_ids, *((array.shape, array.tobytes()) for array in arrays))
+    return (batch.sample_ids, batch.index, *((array.shape, array.tobytes()) for array in arrays))
 
 
 def gather(steps: list[Fed], into: Atoms) -> None:
@@ -121,7 +121,7 @@ def test_a_disturbed_run_computes_what_an_undisturbed_one_does(
     assert committed == whole
     if data["tail"] == "short":
         ids = sorted(sample for atoms in committed.values() for atom in atoms for sample in atom[0])
-        assert ids == sorted([str(n) for n in range(60)] * data["epochs"])
+        assert ids == sorted([f"dialogues.json:{n + 1}" for n in range(60)] * data["epochs"])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -166,7 +166,8 @@ def test_a_sample_without_room_keeps_its_place(dialogues: Path, processor: tuple
     fed = list(stream(spec_of(str(dialogues), (tight, processor[1]))))
     assert sum(len(batch.sample_ids) for step in fed for batch in step.atoms) == 60
     rejected = [line for step in fed for line in step.rejected]
-    assert rejected and all("max_length=160 leaves no room for an answer" in line for line in rejected)
+    assert rejected and all("max_length=160 leaves no room for an answer" in reason for _, reason in rejected)
+    assert {key for key, _ in rejected} <= {key for step in fed for batch in step.atoms for key in batch.sample_ids}
 
 
 def test_shards_in_a_store_are_those_on_a_disk(

@@ -67,13 +67,13 @@ def test_a_packed_example_is_never_predicted_from_its_neighbour(examples: list[E
 
 def test_a_dummy_weighs_nothing() -> None:
     made = dummy(processor("pieces", "vicuna").spec)
-    assert made.num_targets == 0 and made.sample_ids == () and len(made.pixels) == 0
+    assert made.num_targets == 0 and made.sample_ids == () and len(made.pixels) == 0 and made.index == -1
     assert made.ids.shape == (1, 2) and made.lengths.tolist() == [2] and made.positions.tolist() == [[0, 1]]
 
 
 def same(one: Batch, other: Batch) -> bool:
     arrays = ("ids", "labels", "positions", "lengths", "pixels")
-    return one.sample_ids == other.sample_ids and all(
+    return (one.sample_ids, one.index) == (other.sample_ids, other.index) and all(
         np.array_equal(getattr(one, name), getattr(other, name))
         and getattr(one, name).dtype == getattr(other, name).dtype
         for name in arrays
@@ -83,12 +83,14 @@ def same(one: Batch, other: Batch) -> bool:
 def test_a_row_crosses_arrow_unchanged(any_batch: Batch) -> None:
     empty = dummy(processor("pieces", "vicuna").spec)
     sink = pa.BufferOutputStream()
-    tables = [to_table(any_batch, step=3), to_table(empty, rejected=["x"], step=4)]
+    any_batch = replace(any_batch, index=5)
+    tables = [to_table(any_batch, step=3), to_table(empty, rejected=[("a:1", "x")], step=4)]
     with pa.ipc.new_stream(sink, tables[0].schema) as stream:
         for table in tables:
             stream.write_table(table)
     back = pa.ipc.open_stream(sink.getvalue()).read_all()
-    assert back["step"].to_pylist() == [3, 4] and back["rejected"].to_pylist() == [[], ["x"]]
+    assert back["step"].to_pylist() == [3, 4] and back["rejected"].to_pylist() == [[], ["a:1"]]
+    assert back["reasons"].to_pylist() == [[], ["x"]]
     assert same(from_table(back.slice(0, 1)), any_batch)
     none = from_table(back.slice(1, 1))
     assert none.sample_ids == () and none.pixels.shape == (0, 3, 28, 28)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rayllava.checkpoint.ledger import LedgerEntry
+from rayllava.checkpoint.run import Decision, write_decision
 from rayllava.data.plan import Plan
+from rayllava.place import Place
 from rayllava.prompt.collate import collate, dummy
 from rayllava.recipe import DataSpec, Full, ModelSpec, OptimSpec, PromptSpec, Recipe, ScaleSpec
 from rayllava.records import IGNORE, Batch, Example
@@ -52,7 +54,7 @@ def _example(sample: int) -> Example:
 def curve(task: dict[str, Any]) -> dict[str, list[float]]:
     """Train under each ZeRO stage of the task and return the loss of every step by stage.
 
-    With `save`, the state after `save_at` steps goes there; with `load`, training continues from there.
+    With `save`, the state after `save_at` steps goes to a run there; with `load`, training continues from a run.
     """
     return {str(zero): _curve(task, zero) for zero in task["zero"]}
 
@@ -60,6 +62,8 @@ def curve(task: dict[str, Any]) -> dict[str, list[float]]:
 def _curve(task: dict[str, Any], zero: int) -> list[float]:
     import torch
 
+    from rayllava.checkpoint.saver import Saver
+    from rayllava.checkpoint.store import Store
     from rayllava.model.build import initial, lay_over
     from rayllava.model.forward import LossModel
     from rayllava.model.tuning import tune
@@ -71,11 +75,20 @@ def _curve(task: dict[str, Any], zero: int) -> list[float]:
     llava = initial(made, SPEC)
     first = task.get("from", 0)
     if task.get("load"):
-        lay_over(llava, Path(task["load"]))
+        lay_over(llava, Store(Place(task["load"])).fetch(f"step-{first:06d}"))
     tune(llava, made.tuning)
     engine = Engine(LossModel(llava, SPEC), made, device=torch.device("cpu"))
     if task.get("load"):
-        engine.load(Path(task["load"]), step=first)
+        engine.load(Store(Place(task["load"])).fetch(f"step-{first:06d}"), step=first)
+    saver, entries = None, []
+    if task.get("save"):
+        place = Place(f"{task['save']}/zero{zero}")
+        if engine.rank == 0:
+            write_decision(
+                place,
+                Decision(attempt=1, checkpoint=None, cursor=0, world_size=engine.world_size, driver="test"),
+            )
+        saver = Saver(Store(place), attempt=1, rank=engine.rank, world_size=engine.world_size, keep=1)
     losses = []
     for step in range(first, task["to"]):
         share = PLAN.share(step, engine.world_size)[engine.rank]
@@ -87,6 +100,9 @@ def _curve(task: dict[str, Any], zero: int) -> list[float]:
         ]
         engine.step(lr_factor(step, num_steps=task["of"], optim=made.optim))
         losses.append(engine.sum(sum(parts))[0] / targets)
-        if task.get("save") and step + 1 == task["save_at"]:
-            engine.save(Path(task["save"]) / f"zero{zero}")
+        held = {atom.index: tuple(map(str, atom.samples)) for atom in share if atom is not None}
+        entries.append(LedgerEntry(step + 1, PLAN.epoch_of(step), engine.world_size, 1, held))
+        if saver and step + 1 == task["save_at"]:
+            saver.start(step + 1, engine.gather(), entries)
+            saver.wait()
     return losses

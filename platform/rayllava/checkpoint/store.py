@@ -1,52 +1,56 @@
-"""A run on disk, and the checkpoints in it.
+"""The checkpoints of a run.
 
-    RUN/manifest.json                 what the run is: recipe, processor, shards, how many steps
-    RUN/attempts/N.json               what attempt N decided: checkpoint, cursor, world size
-    RUN/checkpoints/step-000100/      manifest.json, and per rank of the saving group one safetensors file
+    RUN/checkpoints/step-000100/state-A-00000.safetensors    what rank 0 of attempt A holds; one file a rank
+    RUN/checkpoints/step-000100/manifest.json                written last: it makes the checkpoint exist
 
 A checkpoint knows no world size: its tensors are named after parameters (`param/NAME`, `exp_avg/NAME`,
-`exp_avg_sq/NAME`, float32) and which rank's file holds which is of no meaning. It exists from the moment the
-folder gets its final name, which happens after every file is durable and digested. What carries another name,
-lacks a file or does not match its digest is ignored, and said so.
+`exp_avg_sq/NAME`, float32) and which rank's file holds which is of no meaning. What lacks a manifest or a file,
+does not match its digest, or comes from an attempt that was replaced, is passed over, and said so. Names carry
+the attempt, so what an earlier one left behind collides with nothing; only the manifest's files are ever read.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from rayllava import durable
-from rayllava.recipe import ProcessorSpec, Recipe
+from rayllava.checkpoint.lease import check_held
+from rayllava.checkpoint.ledger import Link
+from rayllava.checkpoint.run import Decision, decisions, fence, new_attempt, write_decision
+from rayllava.place import Place
 from rayllava.spec import Spec
 
 log = logging.getLogger(__name__)
 
+MANIFEST = "manifest.json"
+DAMAGED = "manifest.damaged.json"
 _STEP_DIR = re.compile(r"step-(\d{6,})")
+_READERS = 8
+"""Files whose digests are checked at a time."""
+_WAITS_S = (0.5, 2.0)
+"""Pauses before a file that could not be read is read again."""
 
 
-class RunManifest(Spec):
-    """What a run is: RUN/manifest.json."""
-
-    format: Literal[1] = 1
-    kind: Literal["run"] = "run"
-    recipe: Recipe
-    """As given, with every model part resolved to a folder."""
-    processor: ProcessorSpec
-    shards_digest: str
-    num_steps: int
-    finished: bool = False
-    created: str = ""
-    versions: dict[str, str] = {}
+class StoreError(RuntimeError):
+    """A checkpoint that cannot be used, or an attempt that may not write one; the message says which and why."""
 
 
 class CheckpointManifest(Spec):
     """What a checkpoint holds: its manifest.json."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     step: int
     """Optimizer steps done; the 0-based index of the next one."""
     attempt: int
@@ -54,117 +58,233 @@ class CheckpointManifest(Spec):
     """Of the group that saved it. Information only."""
     files: dict[str, str]
     """Name to digest."""
+    num_bytes: int
+    ledger: Link
+    """The newest segment of the ledger, which ends with this step."""
+    seal: str = ""
+    """Digest of all the rest, set by `sealed`."""
+
+    def sealed(self) -> Self:
+        return self.but(seal=durable.digest_of(self.model_dump(exclude={"seal"})))
 
 
-class Decision(Spec):
-    """What one attempt is going to do: RUN/attempts/N.json. Decided once, read by everybody."""
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A whole checkpoint of a store."""
 
-    attempt: int
-    checkpoint: str | None
-    """Folder name under RUN/checkpoints, empty for a start from the initial weights."""
-    cursor: int
-    """0-based index of the first step."""
-    world_size: int
+    name: str
+    manifest: CheckpointManifest
 
 
-def read_run(run_dir: Path, *, field: str = "RUN") -> RunManifest:
-    """Return a run's manifest; ValueError when the folder is no run."""
-    path = run_dir / "manifest.json"
-    try:
-        text = path.read_text()
-    except OSError:
-        raise ValueError(f"{field}={run_dir} is no run (no manifest.json); give a training run's out=") from None
-    try:
-        return RunManifest.model_validate_json(text)
-    except ValueError as error:
-        raise ValueError(f"{field}={run_dir}: manifest.json is not a run's of this version") from error
+class _Torn(Exception):
+    """Why a checkpoint was never finished, or is not to be used."""
 
 
-def write_run(run_dir: Path, manifest: RunManifest) -> None:
-    durable.write_text(run_dir / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
+class _Damaged(Exception):
+    """Why a finished checkpoint is not what was written."""
 
 
 class Store:
-    """The checkpoints of one run on a file system that all workers share."""
+    """The checkpoints of one run, on a file system that all workers share or in an object store."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.dir = run_dir / "checkpoints"
+    def __init__(self, run: Place) -> None:
+        self.run = run
+        self.dir = run / "checkpoints"
+        self._decided: dict[int, Decision] = {}
 
-    def path(self, name: str) -> Path:
-        return self.dir / name
+    def folder(self, step: int) -> Place:
+        return self.dir / f"step-{step:06d}"
 
-    def latest(self) -> tuple[Path, CheckpointManifest] | None:
-        """Return the newest whole checkpoint; torn ones are passed over and named in the log."""
-        for folder in self._folders():
-            manifest = self._read(folder)
-            if manifest is not None:
-                return folder, manifest
+    def latest(self, *, set_aside: bool = False) -> Checkpoint | None:
+        """Return the newest whole checkpoint, every file of it read; what is passed over is named in the log.
+
+        With `set_aside`, which is for the holder of the lease alone, the manifest of a damaged one is renamed:
+        its files stay for inspection and are not read again.
+        """
+        self._decided = decisions(self.run, self._decided)
+        for step, names in self._listing():
+            folder = self.folder(step)
+            try:
+                manifest = self._manifest(folder, names)
+                if later := fence(self._decided, attempt=manifest.attempt, step=step):
+                    raise _Torn(f"attempt {later.attempt} went on from step {later.cursor} without it")
+                _check_files(folder, manifest)
+            except _Torn as error:
+                log.warning("passed over %s: %s", folder, error)
+            except _Damaged as error:
+                log.warning("passed over damaged %s: %s", folder, error)
+                if set_aside:
+                    (folder / MANIFEST).move(folder / DAMAGED)
+                    log.warning("its manifest is %s now; remove the folder when you have seen it", folder / DAMAGED)
+            else:
+                return Checkpoint(folder.name, manifest)
         return None
 
-    def partial(self, step: int, attempt: int) -> Path:
-        """Return the folder in which the ranks of `attempt` gather the files of a checkpoint."""
-        return self.dir / f".step-{step:06d}.{attempt}.partial"
+    def fetch(self, name: str) -> Path:
+        """Return a local folder with the manifest and the files of a checkpoint that `latest` has found whole.
 
-    def commit(self, step: int, *, attempt: int, world_size: int, files: Mapping[str, str], keep: int) -> Path:
-        """Make the partial checkpoint real, then drop old ones. For rank 0, after all files are durable.
-
-        An attempt that is no longer the newest may not commit.
+        On a disk it is the folder itself. Out of an object store it is copied once a node, under the system's
+        folder for temporary files; the copy is whole and digested, or absent. Raises StoreError.
         """
-        newest = newest_attempt(self.run_dir)
-        assert attempt == newest, f"attempt {attempt} was replaced by {newest} and must not commit"
-        partial, folder = self.partial(step, attempt), self.dir / f"step-{step:06d}"
-        manifest = CheckpointManifest(step=step, attempt=attempt, world_size=world_size, files=dict(files))
-        durable.write_text(partial / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
-        if folder.exists():  # saved by an earlier attempt and found torn, or redone from an older one
-            shutil.rmtree(folder)
-        partial.rename(folder)
-        durable.sync_dir(self.dir)
-        self._prune(keep)
-        return folder
+        folder = self.dir / name
+        if not folder.remote:
+            if not (folder / MANIFEST).is_file():
+                raise StoreError(f"{folder} is not seen here; RUN must lie where all workers can read it")
+            return folder.local
+        content = (folder / MANIFEST).read_bytes()
+        cache = _cache(self.run)
+        target = cache / f"{name}.{durable.digest_bytes(content)[:16]}"
+        with _locked(cache / "lock"):
+            if not target.is_dir():
+                for old in cache.glob("*step-*"):  # older checkpoints, and what a killed copy left
+                    shutil.rmtree(old, ignore_errors=True)
+                began = time.monotonic()
+                with durable.new_dir(target) as partial:
+                    (partial / MANIFEST).write_bytes(content)
+                    _copy_files(folder, read_checkpoint(Place(str(partial))), partial)
+                log.info("copied %s to %s in %.1f s", folder, target, time.monotonic() - began)
+        return target
 
-    def _prune(self, keep: int) -> None:
-        for folder in self._folders()[keep:]:
-            shutil.rmtree(folder)
-        for folder in self.dir.glob(".step-*.partial"):
-            shutil.rmtree(folder, ignore_errors=True)
+    def prune(self, keep: int) -> None:
+        """Keep the newest `keep` checkpoints; for rank 0, after its commit.
 
-    def _folders(self) -> list[Path]:
-        """Return the checkpoint folders, newest first."""
-        found = [(int(m[1]), p) for p in self.dir.glob("step-*") if (m := _STEP_DIR.fullmatch(p.name))]
-        return [path for _, path in sorted(found, reverse=True)]
+        What torn saves left goes too, but nothing of steps after the newest checkpoint, which may be being written,
+        and nothing of a damaged one, which is for a person to look at and remove.
+        """
+        self._decided = decisions(self.run, self._decided)
+        listing = self._listing()
+        whole: dict[int, CheckpointManifest] = {}
+        for step, names in listing:
+            try:
+                manifest = self._manifest(self.folder(step), names)
+            except _Torn:
+                continue
+            if not fence(self._decided, attempt=manifest.attempt, step=step):
+                whole[step] = manifest
+        newest, kept = max(whole, default=0), sorted(whole, reverse=True)[:keep]
+        for step, names in listing:
+            if step > newest:
+                continue
+            folder = self.folder(step)
+            ours = {MANIFEST, *whole[step].files} if step in whole else set()
+            if DAMAGED in names:
+                gone = ours if step not in kept else set()
+            else:
+                gone = names - ours if step in kept else names
+            for name in sorted(gone, key=lambda name: name != MANIFEST):  # nobody finds a manifest without its files
+                (folder / name).remove()
+            if gone == names:
+                folder.remove()
+            elif not folder.remote:
+                for path in folder.local.glob(".*.partial"):
+                    path.unlink(missing_ok=True)
 
-    def _read(self, folder: Path) -> CheckpointManifest | None:
+    def _listing(self) -> list[tuple[int, set[str]]]:
+        """Return every step that has a folder, the newest first, with the names of its files."""
+        found: dict[int, set[str]] = {}
+        if not self.dir.remote and self.dir.is_dir():  # folders without a file yet
+            found = {int(m[1]): set() for p in self.dir.local.iterdir() if (m := _STEP_DIR.fullmatch(p.name))}
+        for place in self.dir.files():
+            *_, folder, name = str(place).split("/")
+            if match := _STEP_DIR.fullmatch(folder):
+                found.setdefault(int(match[1]), set()).add(name)
+        return sorted(found.items(), reverse=True)
+
+    def _manifest(self, folder: Place, names: set[str]) -> CheckpointManifest:
+        if MANIFEST not in names:
+            raise _Torn("its manifest was set aside as damaged" if DAMAGED in names else "it was never finished")
         try:
-            manifest = CheckpointManifest.model_validate_json((folder / "manifest.json").read_text())
-            for name, expected in manifest.files.items():
-                if durable.digest(folder / name) != expected:
-                    raise ValueError(f"{name} does not match its digest")
-        except (OSError, ValueError) as error:
-            log.warning("ignored torn checkpoint %s: %s", folder, str(error).splitlines()[0])
-            return None
+            manifest = read_checkpoint(folder)
+        except (FileNotFoundError, ValueError) as error:
+            raise _Torn(f"{MANIFEST}: {str(error).splitlines()[0]}") from error
+        if self.folder(manifest.step) != folder:
+            raise _Torn(f"its manifest is that of step {manifest.step}")
         return manifest
 
 
-def newest_attempt(run_dir: Path) -> int:
-    """Return the number of the newest attempt, 0 when there was none."""
-    numbers = [int(path.stem) for path in (run_dir / "attempts").glob("*.json") if path.stem.isdigit()]
-    return max(numbers, default=0)
+def read_checkpoint(folder: Place) -> CheckpointManifest:
+    """Return what a checkpoint's folder says that it holds; ValueError when that was not written so."""
+    return _read(folder / MANIFEST)
 
 
-def decide(run_dir: Path, *, world_size: int) -> Decision:
-    """Open the next attempt: choose its checkpoint and cursor and write that down before anybody acts on it."""
-    found = Store(run_dir).latest()
-    decision = Decision(
-        attempt=newest_attempt(run_dir) + 1,
-        checkpoint=found[0].name if found else None,
-        cursor=found[1].step if found else 0,
-        world_size=world_size,
-    )
-    path = run_dir / "attempts" / f"{decision.attempt}.json"
-    durable.write_text(path, decision.model_dump_json(indent=1) + "\n")
+def _read(place: Place) -> CheckpointManifest:
+    manifest = CheckpointManifest.model_validate_json(place.read_bytes())
+    if manifest != manifest.sealed():
+        raise ValueError("it does not match its own digest")
+    return manifest
+
+
+def decide(run: Place, *, world_size: int, driver: str) -> Decision:
+    """Open the next attempt: choose its checkpoint and cursor and write that down before anybody acts on it.
+
+    `driver` is the id of the lease; ValueError when it no longer holds RUN.
+    """
+    check_held(run, driver)
+    with new_attempt(run) as attempt:
+        found = Store(run).latest(set_aside=True)
+        decision = Decision(
+            attempt=attempt,
+            checkpoint=found.name if found else None,
+            cursor=found.manifest.step if found else 0,
+            world_size=world_size,
+            driver=driver,
+        )
+        write_decision(run, decision)
     return decision
 
 
-def read_decision(run_dir: Path, attempt: int) -> Decision:
-    return Decision.model_validate_json((run_dir / "attempts" / f"{attempt}.json").read_text())
+def _check_files(folder: Place, manifest: CheckpointManifest) -> None:
+    with ThreadPoolExecutor(_READERS) as pool:
+        digests = pool.map(lambda name: _digest(folder / name), manifest.files)
+        for (name, expected), found in zip(manifest.files.items(), digests, strict=True):
+            if found != expected:
+                raise _Damaged(f"{name} does not match its digest")
+
+
+def _digest(place: Place) -> str:
+    for wait_s in _WAITS_S:
+        try:
+            return place.digest()
+        except FileNotFoundError:
+            break
+        except OSError as error:
+            log.warning("%s: %s; reading it again", place, error)
+            time.sleep(wait_s)
+    try:
+        return place.digest()
+    except OSError as error:
+        raise _Torn(f"{place.name} cannot be read ({error.strerror or error})") from error
+
+
+# -- copies on a node ----------------------------------------------------------------------------------------
+
+
+def _copy_files(folder: Place, manifest: CheckpointManifest, target: Path) -> None:
+    def copy(name: str) -> str:
+        with (folder / name).open() as source, (target / name).open("wb") as file:
+            shutil.copyfileobj(source, file, 8 << 20)
+        return durable.digest(target / name)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for (name, expected), found in zip(manifest.files.items(), pool.map(copy, manifest.files), strict=True):
+            if found != expected:
+                raise StoreError(f"{folder / name} does not match its digest")
+
+
+def _cache(run: Place) -> Path:
+    """Return this user's folder for copies of a run's checkpoints, which nobody else can write."""
+    mine = Path(tempfile.gettempdir()) / f"rayllava-{os.getuid()}"
+    mine.mkdir(mode=0o700, exist_ok=True)
+    if mine.stat().st_uid != os.getuid() or mine.is_symlink():
+        raise StoreError(f"{mine} belongs to somebody else; remove it, or set TMPDIR")
+    folder = mine / durable.digest_bytes(run.text.encode())[:16]
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Be alone on this node inside the block; the lock goes with the process."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

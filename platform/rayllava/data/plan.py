@@ -10,6 +10,7 @@ Any step is found at once: only its epoch's row groups are shuffled and only its
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Self
@@ -21,7 +22,8 @@ from rayllava.data.order import Indices, Order, grouped
 
 if TYPE_CHECKING:
     from rayllava.data.shards import ShardManifest
-    from rayllava.recipe import DataSpec
+    from rayllava.place import Place
+    from rayllava.recipe import DataSpec, ProcessorSpec
 
 Tail = Literal["short", "drop", "repeat"]
 Group = Literal["none", "modality", "length"]
@@ -271,6 +273,25 @@ class Plan:
     def _total_length(self) -> int:
         cuts = range(0, self.num_samples, _PIECE)
         return sum(int(self._lengths(slice(cut, cut + _PIECE)).sum()) for cut in cuts)
+
+
+def plan_of(
+    shards: ShardManifest, data: DataSpec, processor: ProcessorSpec, *, seed: int, lengths: Place | None
+) -> Plan:
+    """Return the plan of a run; `lengths` is its file of exact lengths, which packing needs."""
+    exact = None
+    if lengths is not None and lengths.remote:
+        exact = np.load(io.BytesIO(lengths.read_bytes()), allow_pickle=False)
+    elif lengths is not None:
+        exact = np.load(lengths.local, mmap_mode="r", allow_pickle=False)
+    return Plan.of(
+        shards,
+        data,
+        seed=seed,
+        num_image_tokens=processor.num_image_tokens,
+        lengths=exact,
+        max_length=processor.max_length,
+    )
 
 
 _PIECE = 1 << 20

@@ -240,10 +240,16 @@ def write_parquet(
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA), row_group_size=rows_per_group)
 
 
-_COLUMNS = ["id", "images", "turns"]
+_COLUMNS = ["id", "images", "turns", "source", "line", "copy"]
 
 
 def _sample(group: pa.Table, row: int) -> Sample:
     values = {name: group.column(name)[row].as_py() for name in _COLUMNS}
     turns = tuple(Turn(**turn) for turn in values["turns"])
-    return Sample(id=values["id"], turns=turns, images=tuple(values["images"]))
+    key = sample_key(values["source"], values["line"], values["copy"])
+    return Sample(id=values["id"], turns=turns, images=tuple(values["images"]), key=key)
+
+
+def sample_key(source: str, line: int, copy: int) -> str:
+    """Return what a ledger knows a row by."""
+    return f"{source}:{line}#{copy}" if copy else f"{source}:{line}"

@@ -13,14 +13,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rayllava.data.plan import GROUP, WINDOW, Atom, Plan
+from rayllava.data.plan import GROUP, WINDOW, Atom, plan_of
 from rayllava.data.shards import ShardReader
+from rayllava.place import Place
 from rayllava.prompt.collate import collate, dummy, from_table, to_table
 from rayllava.prompt.encode import Processor, SampleError
 from rayllava.recipe import DataSpec, ProcessorSpec
@@ -63,15 +65,15 @@ class Fed(NamedTuple):
     """0-based."""
     epoch: int
     atoms: list[Batch]
-    rejected: list[str]
-    """`id: reason` of samples that keep their place without weight."""
+    rejected: list[tuple[str, str]]
+    """Key and reason of samples that keep their place without weight."""
 
 
 def stream(spec: StreamSpec, *, rank: int = 0, threads: int = 2) -> Iterator[Fed]:
     """Yield this rank's part of every step from the cursor on, without Ray."""
     desk = Desk.open(spec)
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        waiting: deque[tuple[int, list[Future[tuple[Batch, list[str]]]]]] = deque()
+        waiting: deque[tuple[int, list[Future[tuple[Batch, list[tuple[str, str]]]]]]] = deque()
         steps = iter(range(spec.cursor, desk.plan.num_steps))
         ahead = 0
         while True:
@@ -85,7 +87,7 @@ def stream(spec: StreamSpec, *, rank: int = 0, threads: int = 2) -> Iterator[Fed
             index, futures = waiting.popleft()
             ahead -= len(waiting[0][1]) if waiting else 0
             made = [future.result() for future in futures]
-            rejected = [line for _, lines in made for line in lines]
+            rejected = [pair for _, pairs in made for pair in pairs]
             yield Fed(index, desk.plan.epoch_of(index), [batch for batch, _ in made], rejected)
 
 
@@ -139,13 +141,13 @@ def feed(shard: DataIterator, spec: StreamSpec, *, rank: int = 0) -> Iterator[Fe
     due = spec.cursor
     for table in tables:
         atoms: list[Batch] = []
-        rejected: list[str] = []
+        rejected: list[tuple[str, str]] = []
         while True:
-            row = table.select(["attempt", "step", "rank", "epoch", "slots", "rejected"]).to_pylist()[0]
+            row = table.select(["attempt", "step", "rank", "epoch", "slots", "rejected", "reasons"]).to_pylist()[0]
             got = (row["attempt"], row["step"], row["rank"])
             assert got == (spec.attempt, due, rank), f"row {got} came for {(spec.attempt, due, rank)}"
             atoms.append(from_table(table))
-            rejected += row["rejected"]
+            rejected += zip(row["rejected"], row["reasons"], strict=True)
             if len(atoms) == row["slots"]:
                 break
             table = next(tables)
@@ -162,14 +164,8 @@ class Desk:
         grouped = 0 if data.group == "none" else -(-data.group_window * data.global_batch // GROUP)
         self.reader = ShardReader(spec.shards, num_groups=WINDOW + grouped)
         assert self.reader.manifest.digest == spec.shards_digest, f"{spec.shards} changed during the run"
-        self.plan = Plan.of(
-            self.reader.manifest,
-            data,
-            seed=spec.seed,
-            num_image_tokens=spec.processor.num_image_tokens,
-            lengths=np.load(spec.lengths, mmap_mode="r", allow_pickle=False) if spec.lengths else None,
-            max_length=spec.processor.max_length,
-        )
+        lengths = Place(spec.lengths) if spec.lengths else None
+        self.plan = plan_of(self.reader.manifest, data, spec.processor, seed=spec.seed, lengths=lengths)
         self.processor = Processor(spec.processor, Path(spec.tokenizer_dir))
 
     @staticmethod
@@ -177,8 +173,8 @@ class Desk:
         """Return the desk of a spec; one process needs it once."""
         return _desk(spec.model_dump_json())
 
-    def make(self, atom: Atom | None) -> tuple[Batch, list[str]]:
-        """Return an atom's batch and the samples that had to be left out, as `id: reason`.
+    def make(self, atom: Atom | None) -> tuple[Batch, list[tuple[str, str]]]:
+        """Return an atom's batch, and key and reason of the samples that had to be left out.
 
         Sharding has decoded every picture, so what fails here fails always: text that does not fit the template
         or the length limit. It keeps its place with no weight, since a plan cannot change while it runs.
@@ -187,25 +183,25 @@ class Desk:
         if atom is None:
             return dummy(processor.spec), []
         examples: list[Example] = []
-        rejected: list[str] = []
+        rejected: list[tuple[str, str]] = []
         for sample in self.reader.read(atom.samples):
             try:
                 examples.append(processor.encode(sample))
             except SampleError as error:
-                rejected.append(f"{sample.id}: {error}")
-                examples.append(_empty(sample.id, processor))
+                rejected.append((sample.key, str(error)))
+                examples.append(_empty(sample.key, processor))
         packed = self.spec.data.max_tokens is not None
         batch = collate(examples, pad_token_id=processor.spec.pad_token_id, packed=packed)
         most = self.spec.data.max_tokens
         assert most is None or batch.ids.size <= most, f"{batch.ids.size} positions packed into {most}"
-        return batch, rejected
+        return replace(batch, index=atom.index), rejected
 
 
-def _empty(sample_id: str, processor: Processor) -> Example:
+def _empty(key: str, processor: Processor) -> Example:
     size = processor.spec.image_size
     ids = np.full(NUM_EMPTY, processor.spec.pad_token_id, dtype=np.int32)
     labels = np.full(NUM_EMPTY, IGNORE, dtype=np.int32)
-    return Example(sample_id, ids, labels, np.zeros((0, 3, size, size), dtype=np.uint8))
+    return Example(key, ids, labels, np.zeros((0, 3, size, size), dtype=np.uint8))
 
 
 NUM_EMPTY = 2

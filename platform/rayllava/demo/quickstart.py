@@ -230,9 +230,10 @@ def _compare(run_dir: str) -> dict[str, Any]:
     from rayllava.checkpoint.manifest import read_model_manifest
     from rayllava.convert import prove
     from rayllava.model.build import result
+    from rayllava.place import Place
 
     folder = Path(run_dir)
-    trained, _ = result(folder)
+    trained, _ = result(Place(run_dir))
     spec = read_model_manifest(folder / "export").processor
     ours = prove.our_side(StoredModel.of(trained, folder / "tokenizer"), spec)
     return prove.compare_logits(ours, prove.plain_side(folder / "export"), prove.fixed_prompts())

@@ -15,7 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from rayllava.checkpoint import store
+from rayllava.checkpoint.run import RunManifest, read_run
+from rayllava.checkpoint.store import Store, read_checkpoint
+from rayllava.place import Place
 from rayllava.recipe import ModelSpec, ProcessorSpec, Recipe
 
 
@@ -76,8 +78,8 @@ def lay_over(llava: nn.Module, checkpoint_dir: Path) -> list[str]:
 
 def read_tensors(checkpoint_dir: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a checkpoint whose stored name starts with `prefix`, without it, one at a time."""
-    for path in sorted(checkpoint_dir.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+    for name in sorted(read_checkpoint(Place(str(checkpoint_dir))).files):
+        with safe_open(checkpoint_dir / name, framework="pt") as file:
             keys = file.keys()
             for key in keys:
                 if key.startswith(prefix):
@@ -88,37 +90,37 @@ def initial(recipe: Recipe, processor: ProcessorSpec) -> Any:
     """Return the model a run starts from: its parts, and the result of every run named by `init_from`."""
     assert recipe.model is not None, "resolved recipes name their model parts"
     llava = build(recipe.model, processor, seed=recipe.seed)
-    for run_dir in ancestry(recipe):
-        lay_over(llava, final_checkpoint(run_dir))
+    for run in ancestry(recipe):
+        lay_over(llava, final_checkpoint(run))
     return llava
 
 
-def ancestry(recipe: Recipe) -> list[Path]:
+def ancestry(recipe: Recipe) -> list[Place]:
     """Return the runs that `init_from` leads back to, the oldest first."""
-    runs: list[Path] = []
+    runs: list[Place] = []
     while recipe.init_from:
-        runs.insert(0, Path(recipe.init_from))
-        recipe = store.read_run(runs[0], field="init_from").recipe
+        runs.insert(0, Place(recipe.init_from))
+        recipe = read_run(runs[0], field="init_from").recipe
     return runs
 
 
-def final_checkpoint(run_dir: Path) -> Path:
-    """Return the last checkpoint of a finished run; ValueError when it is unfinished or damaged."""
-    manifest = store.read_run(run_dir, field="init_from")
-    found = store.Store(run_dir).latest()
-    step = found[1].step if found else 0
+def final_checkpoint(run: Place) -> Path:
+    """Return a local folder with a finished run's last checkpoint; ValueError when it is unfinished or damaged."""
+    manifest = read_run(run, field="init_from")
+    found = Store(run).latest()
+    step = found.manifest.step if found else 0
     if found is None or step != manifest.num_steps:
         raise ValueError(
-            f"init_from={run_dir} has done {step} of its {manifest.num_steps} steps; run its command again first"
+            f"init_from={run} has done {step} of its {manifest.num_steps} steps; run its command again first"
         )
-    return found[0]
+    return Store(run).fetch(found.name)
 
 
-def result(run_dir: Path) -> tuple[Any, store.RunManifest]:
+def result(run: Place) -> tuple[Any, RunManifest]:
     """Return the model that a finished run trained, float32 on the CPU, and the run's manifest."""
-    manifest = store.read_run(run_dir)
+    manifest = read_run(run)
     llava = initial(manifest.recipe, manifest.processor)
-    lay_over(llava, final_checkpoint(run_dir))
+    lay_over(llava, final_checkpoint(run))
     return llava, manifest
 
 

@@ -55,20 +55,27 @@ def dummy(spec: ProcessorSpec) -> Batch:
     )
 
 
-def to_table(batch: Batch, *, rejected: Sequence[str] = (), **numbers: int) -> pa.Table:
-    """Return the batch as a table of one row, its large arrays not copied, with `numbers` beside them."""
+def to_table(batch: Batch, *, rejected: Sequence[tuple[str, str]] = (), **numbers: int) -> pa.Table:
+    """Return the batch as a table of one row, its large arrays not copied, with `numbers` beside them.
+
+    `rejected` are pairs of a sample's key and a reason; they become the columns `rejected` and `reasons`.
+    """
     lists = {
         "shape": list(batch.ids.shape),
         "starts": np.flatnonzero(batch.positions == 0),
         "lengths": batch.lengths,
         "pixels_shape": list(batch.pixels.shape),
     }
-    texts = {"sample_ids": list(batch.sample_ids), "rejected": list(rejected)}
+    texts = {
+        "sample_ids": list(batch.sample_ids),
+        "rejected": [key for key, _ in rejected],
+        "reasons": [reason for _, reason in rejected],
+    }
     return pa.table(
         {name: _one_binary(getattr(batch, name)) for name in ("ids", "labels", "pixels")}
         | {name: pa.array([value], pa.list_(pa.int64())) for name, value in lists.items()}
         | {name: pa.array([value], pa.list_(pa.string())) for name, value in texts.items()}
-        | {name: pa.array([value], pa.int64()) for name, value in numbers.items()}
+        | {name: pa.array([value], pa.int64()) for name, value in ({"index": batch.index} | numbers).items()}
     )
 
 
@@ -87,6 +94,7 @@ def from_table(table: pa.Table) -> Batch:
         lengths=np.array(table["lengths"][0].as_py(), dtype=np.int32),
         pixels=_array(table["pixels"], np.uint8, table["pixels_shape"][0].as_py()),
         sample_ids=tuple(table["sample_ids"][0].as_py()),
+        index=table["index"][0].as_py(),
     )
 
 

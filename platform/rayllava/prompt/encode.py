@@ -61,7 +61,7 @@ class Processor:
         ids, spoken, cut = self._words(sample, open_turn=open_turn)
         num_images = int((ids == self.spec.image_token_id).sum()) // self.spec.num_image_tokens
         return Example(
-            id=sample.id,
+            id=sample.key or sample.id,
             ids=ids,
             labels=np.where(spoken, ids, np.int32(IGNORE)),
             pixels=self._pixels(sample.images[:num_images]),

@@ -1,4 +1,4 @@
-"""DeepSpeed behind a few verbs: backward, step, save, load. Runs without Ray.
+"""DeepSpeed behind a few verbs: backward, step, gather, load. Runs without Ray.
 
 The loss of a step is the sum over its target tokens divided by their global number. Ranks may hold different
 numbers of atoms, so DeepSpeed's own averaging over micro batches is switched off: each atom's summed loss is
@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rayllava import durable
 from rayllava.model.build import read_tensors
 from rayllava.model.forward import LossModel, tensors
 from rayllava.model.tuning import parameter_groups
@@ -84,8 +82,8 @@ class Engine:
 
     # -- state without a world size ----------------------------------------------------------------------
 
-    def save(self, folder: Path) -> dict[str, str]:
-        """Write this rank's share of the trained state and return {file name: digest}. Collective.
+    def gather(self) -> dict[str, Tensor]:
+        """Return this rank's share of the trained state, float32 copies on the CPU by their stored names. Collective.
 
         Every parameter is gathered in turn and kept by one rank, so no rank holds the whole.
         """
@@ -104,13 +102,7 @@ class Engine:
                 for kind, tensor in zip(("param", *_MOMENTS), full, strict=True):
                     assert tensor.shape == _full_shape(parameter), f"{kind} of {name} is not whole"
                     kept[f"{kind}/{name}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-        if not kept:
-            return {}
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"state-{self.rank:05d}.safetensors"
-        save_file(kept, path)
-        durable.sync_file(path)
-        return {path.name: durable.digest(path)}
+        return kept
 
     def load(self, checkpoint_dir: Path, *, step: int) -> None:
         """Take over weights, moments and step count of a checkpoint saved under any ZeRO stage and world size.

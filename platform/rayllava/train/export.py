@@ -12,6 +12,7 @@ from rayllava.checkpoint.layouts import LAYOUTS, StoredModel
 from rayllava.checkpoint.manifest import ModelManifest
 from rayllava.families import FAMILIES
 from rayllava.model.build import result
+from rayllava.place import Place
 from rayllava.recipe import ProcessorSpec
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def export(run_dir: Path) -> ModelManifest:
     """Write the model that a run trained, in the run's compute type, to RUN/export."""
-    llava, run = result(run_dir)
+    llava, run = result(Place(str(run_dir)))
     assert run.recipe.model is not None
     family = run.recipe.model.family
     stored = StoredModel.of(llava, run_dir / "tokenizer").cast(getattr(torch, run.recipe.scale.dtype))

@@ -19,22 +19,22 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayllava import durable, versions
 from rayllava import log as log_
+from rayllava.checkpoint import run as runs
 from rayllava.checkpoint import store
+from rayllava.checkpoint.lease import Lease
 from rayllava.checkpoint.resolve import local_parts
-from rayllava.checkpoint.store import Decision, RunManifest
+from rayllava.checkpoint.run import LENGTHS, Decision, RunManifest
 from rayllava.data import stream
 from rayllava.data.measure import measure
 from rayllava.data.plan import Plan
 from rayllava.data.shards import ShardManifest
 from rayllava.data.stream import StreamSpec
+from rayllava.place import Place
 from rayllava.prompt.assemble import assemble
 from rayllava.recipe import Recipe, load
 from rayllava.train.meter import Watch
 
 log = logging.getLogger(__name__)
-
-LENGTHS = "lengths.npy"
-"""File of a packing run: the exact positions of every sample."""
 
 _FREE_TO_CHANGE = ("scale", "save", "fresh", "name", "after")
 """Parts of a recipe that a continued run may state differently: they do not change what is computed."""
@@ -75,17 +75,23 @@ def prepare(recipe: Recipe) -> RunManifest:
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         versions=versions(),
     )
-    store.write_run(run_dir, manifest)
+    runs.write_run(Place(recipe.out), manifest)
     return manifest
 
 
 def train(manifest: RunManifest) -> RunManifest:
-    """Run a prepared run to its end on the connected cluster."""
+    """Run a prepared run to its end on the connected cluster; ValueError when another driver trains it."""
+    run = Place(manifest.recipe.out)
+    if manifest.finished:
+        log.info("%s is finished (%d steps); fresh=true starts it over", run, manifest.num_steps)
+        return manifest
+    with Lease(run) as lease:
+        return _train(manifest, driver=lease.id)
+
+
+def _train(manifest: RunManifest, *, driver: str) -> RunManifest:
     recipe = manifest.recipe
     run_dir = Path(recipe.out)
-    if manifest.finished:
-        log.info("%s is finished (%d steps); fresh=true starts it over", run_dir, manifest.num_steps)
-        return manifest
     use_gpu = _use_gpu(recipe)
     scale = recipe.scale
     if recipe.data.max_tokens is not None:
@@ -97,7 +103,7 @@ def train(manifest: RunManifest) -> RunManifest:
         workers = (scale.min_workers, scale.max_workers)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"run_dir": str(run_dir)},
+        train_loop_config={"run_dir": str(run_dir), "driver": driver},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         # Ray Train's own notion of checkpoints is never used, so each driver gets a name of its own.
@@ -107,13 +113,13 @@ def train(manifest: RunManifest) -> RunManifest:
             failure_config=FailureConfig(max_failures=3),
         ),
         datasets={"train": ray.data.range(1)},
-        dataset_config=AttemptFeed(run_dir),
+        dataset_config=AttemptFeed(run_dir, driver),
     )
     with Watch(run_dir / "metrics.jsonl", num_steps=manifest.num_steps, title=run_dir.name):
         trainer.fit()
     ray.get(ray.remote(_export).remote(str(run_dir)))
     manifest = manifest.but(finished=True)
-    store.write_run(run_dir, manifest)
+    runs.write_run(Place(recipe.out), manifest)
     log.info("finished %d steps; the model is in %s", manifest.num_steps, run_dir / "export")
     return manifest
 
@@ -125,15 +131,17 @@ class AttemptFeed(DataConfig):
     place that knows W before any worker runs. The dataset it is given is a placeholder.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, driver: str) -> None:
         super().__init__()
         self.run_dir = run_dir
+        self.driver = driver
 
     def configure(
         self, datasets: Any, world_size: int, worker_handles: Any, worker_node_ids: Any, **_: Any
     ) -> list[dict[str, Any]]:
-        decision = store.decide(self.run_dir, world_size=world_size)
-        dataset = stream.rows(stream_spec(store.read_run(self.run_dir), decision))
+        run = Place(str(self.run_dir))
+        decision = store.decide(run, world_size=world_size, driver=self.driver)
+        dataset = stream.rows(stream_spec(runs.read_run(run), decision))
         # No locality hints: with them rows are no longer dealt strictly in turn.
         splits = dataset.streaming_split(world_size, equal=True, locality_hints=None)
         return [{"train": split} for split in splits]
@@ -143,7 +151,7 @@ def stream_spec(manifest: RunManifest, decision: Decision | None = None) -> Stre
     """Return what an attempt of a run is fed; without a decision, the whole run as one worker would compute it."""
     recipe, run_dir = manifest.recipe, Path(manifest.recipe.out)
     packs = recipe.data.max_tokens is not None
-    attempt = decision.model_dump(exclude={"checkpoint"}) if decision else {}
+    attempt = decision.model_dump(exclude={"checkpoint", "driver"}) if decision else {}
     return StreamSpec(
         shards=recipe.data.shards,
         shards_digest=manifest.shards_digest,
@@ -163,10 +171,11 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     log_.start(rank=rank)
-    run_dir = Path(config["run_dir"])
-    manifest = store.read_run(run_dir)
+    run = Place(config["run_dir"])
+    manifest = runs.read_run(run)
     shard = ray.train.get_dataset_shard("train")
-    decision = store.read_decision(run_dir, store.newest_attempt(run_dir))
+    decision = runs.read_decision(run, runs.newest_attempt(run))
+    assert decision.driver == config["driver"], "the decision is another driver's"
     assert decision.world_size == context.get_world_size(), "the decision is for another world size"
     feed = stream.feed(shard, stream_spec(manifest, decision), rank=rank)
     loop.run(manifest, decision, feed, device=loop.worker_device(manifest.recipe.scale.device))
@@ -186,8 +195,8 @@ def _with_model(recipe: Recipe) -> Recipe:
     if recipe.init_from:
         from rayllava.model.build import final_checkpoint
 
-        before = store.read_run(Path(recipe.init_from), field="init_from")
-        final_checkpoint(Path(recipe.init_from))
+        before = runs.read_run(Place(recipe.init_from), field="init_from")
+        final_checkpoint(Place(recipe.init_from))
         if model is not None and model != before.recipe.model:
             raise ValueError(
                 f"model differs from that of init_from={recipe.init_from}; leave model out to take it over"
@@ -208,7 +217,7 @@ def _out_of(after: str) -> str:
 
 def _continued(recipe: Recipe, shards: ShardManifest, run_dir: Path) -> RunManifest:
     """Return the manifest to go on with; ValueError when `out` holds a run that computes something else."""
-    before = store.read_run(run_dir, field="out")
+    before = runs.read_run(Place(str(run_dir)), field="out")
     old, new = (flat(r.model_dump(exclude=set(_FREE_TO_CHANGE))) for r in (before.recipe, recipe))
     cure = "give another out, or fresh=true to start over"
     for path in sorted(old.keys() | new.keys()):
@@ -231,13 +240,14 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _clear(run_dir: Path) -> None:
-    """Remove what a run wrote, and nothing else that may lie in its folder."""
+    """Remove what a run wrote, and nothing else that may lie in its folder; ValueError while somebody trains it."""
     import shutil
 
-    for name in ("attempts", "checkpoints", "export", "tokenizer", "ray"):
-        shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in ("metrics.jsonl", LENGTHS, "manifest.json"):
-        (run_dir / name).unlink(missing_ok=True)
+    with Lease(Place(str(run_dir))):
+        for name in ("attempts", "checkpoints", "export", "ledger", "tokenizer", "ray"):
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+        for name in ("ledger.jsonl", "metrics.jsonl", LENGTHS, "manifest.json"):
+            (run_dir / name).unlink(missing_ok=True)
 
 
 def _use_gpu(recipe: Recipe) -> bool:

@@ -14,10 +14,15 @@ from pathlib import Path
 
 import torch
 
-from rayllava.checkpoint.store import Decision, RunManifest, Store
+from rayllava.checkpoint import ledger
+from rayllava.checkpoint.ledger import LedgerEntry
+from rayllava.checkpoint.run import Decision, RunManifest
+from rayllava.checkpoint.saver import Saver
+from rayllava.checkpoint.store import Store
 from rayllava.model.build import initial, lay_over
 from rayllava.model.forward import LossModel
 from rayllava.model.tuning import tune
+from rayllava.place import Place
 from rayllava.records import Batch
 from rayllava.train.engine import Engine
 from rayllava.train.meter import Meter
@@ -25,7 +30,10 @@ from rayllava.train.optim import lr_factor
 
 log = logging.getLogger(__name__)
 
-Feed = Iterator[tuple[int, int, list[Batch], list[str]]]
+Rejected = list[tuple[str, str]]
+"""Key and reason of samples that had to be left out."""
+
+Feed = Iterator[tuple[int, int, list[Batch], Rejected]]
 """(step, epoch, this rank's atoms, what had to be left out) from the cursor to the last step, in order."""
 
 
@@ -33,11 +41,19 @@ def run(manifest: RunManifest, decision: Decision, feed: Feed, *, device: torch.
     """Train from the decision's cursor to the end on one rank of an initialised process group."""
     recipe = manifest.recipe
     run_dir = Path(recipe.out)
-    store = Store(run_dir)
+    store = Store(Place(recipe.out))
     if recipe.scale.threads:
         torch.set_num_threads(recipe.scale.threads)
     engine = _engine(manifest, decision, store, device)
     meter = Meter(run_dir / "metrics.jsonl") if engine.rank == 0 else None
+    saver = Saver(
+        store,
+        attempt=decision.attempt,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        keep=recipe.save.keep,
+    )
+    entries: list[LedgerEntry] = []
     step = decision.cursor
     waited = time.monotonic()
     num_rejected = 0.0
@@ -76,22 +92,27 @@ def run(manifest: RunManifest, decision: Decision, feed: Feed, *, device: torch.
                 seconds=time.monotonic() - waited,
                 data_seconds=started - waited,
             )
+        entries.append(_entry(step, epoch, atoms, rejected, decision))
         waited = time.monotonic()
         if (step + 1) % recipe.save.every == 0 or step + 1 == manifest.num_steps:
-            _save(engine, store, step + 1, decision, keep=recipe.save.keep)
+            saver.start(step + 1, engine.gather(), entries)
+            saver.wait()
+            entries = []
             waited = time.monotonic()
     assert step + 1 >= manifest.num_steps, f"the feed ended after step {step + 1} of {manifest.num_steps}"
+    if engine.rank == 0:
+        ledger.derive(store.run, saver.ledger)
 
 
 def _engine(manifest: RunManifest, decision: Decision, store: Store, device: torch.device) -> Engine:
     recipe = manifest.recipe
     llava = initial(recipe, manifest.processor)
     if decision.checkpoint:
-        lay_over(llava, store.path(decision.checkpoint))
+        lay_over(llava, store.fetch(decision.checkpoint))
     trained = tune(llava, recipe.tuning)
     engine = Engine(LossModel(llava, manifest.processor), recipe, device=device)
     if decision.checkpoint:
-        engine.load(store.path(decision.checkpoint), step=decision.cursor)
+        engine.load(store.fetch(decision.checkpoint), step=decision.cursor)
     if engine.rank == 0:
         log.info(
             "attempt %d: %d parameter tensors train, ZeRO-%d on %d workers, from step %d",
@@ -104,23 +125,22 @@ def _engine(manifest: RunManifest, decision: Decision, store: Store, device: tor
     return engine
 
 
-def _save(engine: Engine, store: Store, step: int, decision: Decision, *, keep: int) -> None:
-    """Save on all ranks, then commit on rank 0 once every file is durable."""
-    started = time.monotonic()
-    files = engine.save(store.partial(step, decision.attempt))
-    gathered: list[dict[str, str]] = [{} for _ in range(engine.world_size)]
-    torch.distributed.all_gather_object(gathered, files)
-    if engine.rank == 0:
-        merged = {name: digest for part in gathered for name, digest in part.items()}
-        folder = store.commit(step, attempt=decision.attempt, world_size=engine.world_size, files=merged, keep=keep)
-        log.info("saved step %d in %.1f s to %s", step, time.monotonic() - started, folder)
-    torch.distributed.barrier()
+def _entry(step: int, epoch: int, atoms: list[Batch], rejected: Rejected, decision: Decision) -> LedgerEntry:
+    """Return the ledger's line of this rank's atoms, which have all been through the backward pass."""
+    return LedgerEntry(
+        step=step + 1,
+        epoch=epoch,
+        world_size=decision.world_size,
+        attempt=decision.attempt,
+        atoms={atom.index: atom.sample_ids for atom in atoms if atom.sample_ids},
+        rejected=dict(rejected),
+    )
 
 
-def _check_rejected(rejected: list[str], total: float, manifest: RunManifest) -> None:
+def _check_rejected(rejected: Rejected, total: float, manifest: RunManifest) -> None:
     """Name what was left out, and fail once it is more than the recipe allows."""
-    for line in rejected:
-        log.warning("left out %s", line)
+    for key, reason in rejected:
+        log.warning("left out %s: %s", key, reason)
     data = manifest.recipe.data
     if total > data.budget * data.global_batch * manifest.num_steps:
         raise ValueError(
