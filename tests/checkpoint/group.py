@@ -60,7 +60,7 @@ class Group:
 
     def save(self, step: int) -> None:
         self.start(step)
-        for saver in self.savers:
+        for saver in reversed(self.savers):  # rank 0 would wait for the part of one that failed
             saver.wait()
         self.done = step
 

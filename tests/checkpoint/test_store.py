@@ -274,3 +274,23 @@ def test_a_manifest_is_plain_json_that_names_its_files(run: Place, driver: str) 
     segment = run / "ledger/000001-000005.1.jsonl"
     assert tree["ledger"] == {"file": segment.name, "digest": segment.digest()}
     assert (tree["step"], tree["attempt"], tree["world_size"]) == (5, 1, 2)
+
+
+def test_a_commit_that_comes_while_an_older_checkpoint_is_chosen_does_not_remove_it(
+    run: Place, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = Group(run, driver, keep=1)
+    old.save(5)
+    write, decided = Place.write_bytes, []
+
+    def late(place: Place, content: bytes) -> None:
+        if str(place).endswith("step-000010/manifest.json") and not decided:
+            decided.append(decide(run, world_size=1, driver=driver))
+        write(place, content)
+
+    monkeypatch.setattr(Place, "write_bytes", late)
+    old.save(10)
+    assert [decision.checkpoint for decision in decided] == ["step-000005"]
+    found = Store(run).latest()
+    assert found is not None and found.name == "step-000005"
+    check_content(Store(run), found)

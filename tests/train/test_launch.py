@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from rayllava import recipe
-from rayllava.checkpoint import store
+from rayllava.checkpoint import run as runs
+from rayllava.place import Place
 from rayllava.recipe import ModelSpec, Recipe
 from rayllava.train import launch
+from rayllava.train.audit import audit
 from rayllava.train.meter import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,18 +155,28 @@ def test_a_killed_run_continues_to_its_end(killed_and_finished: tuple[Path, list
     after = read_metrics(out / "metrics.jsonl")
     assert [entry["step"] for entry in after] == list(range(1, 121))
     assert {entry["num_samples"] for entry in after} == {10}
-    second = store.read_decision(out, 2)
+    second = runs.read_decision(Place(str(out)), 2)
     assert 7 <= second.cursor < 120 and second.cursor % 7 == 0
     assert second.checkpoint == f"step-{second.cursor:06d}"
     assert [entry["world_size"] for entry in after] == [2] * second.cursor + [1] * (120 - second.cursor)
-    assert store.read_run(out).finished
+    assert runs.read_run(Place(str(out))).finished
+
+
+def test_a_killed_run_counted_every_sample_once(
+    killed_and_finished: tuple[Path, list[dict[str, float]]],
+) -> None:
+    out, _ = killed_and_finished
+    found = audit(Place(str(out)))
+    assert found.passed, found.text()
+    assert found.text() == "exactly once: 60 samples x 20 epochs, 120 steps, 2 attempts, world sizes 1..2"
+    assert not list((out / "drivers").iterdir())
 
 
 def test_steps_that_were_done_twice_have_the_same_loss(
     killed_and_finished: tuple[Path, list[dict[str, float]]],
 ) -> None:
     out, before = killed_and_finished
-    cursor = store.read_decision(out, 2).cursor
+    cursor = runs.read_decision(Place(str(out)), 2).cursor
     after = {entry["step"]: entry["loss"] for entry in read_metrics(out / "metrics.jsonl")}
     twice = [entry for entry in before if entry["step"] > cursor]
     for entry in twice:
@@ -181,7 +193,7 @@ def test_plain_transformers_gives_the_trained_models_logits(
     from rayllava.model.forward import LossModel
 
     out, _ = killed_and_finished
-    trained, manifest = result(out)
+    trained, manifest = result(Place(str(out)))
     spec = manifest.processor
     torch.manual_seed(0)
     run = torch.full((4,), spec.image_token_id)
