@@ -82,8 +82,10 @@ class Batch:
     """(N, 3, S, S) pictures of all rows in textual order"""
     sample_ids: tuple[str, ...]
     """One id an example, which is its key; empty for a dummy, which weighs nothing and keeps the ranks in step."""
-    index: int = -1
-    """0-based place of the atom in its step; -1 for a dummy, and outside of a step."""
+    packed: bool
+    """Whether the examples share one row."""
+    index: int
+    """0-based place of the atom in its step, -1 for a dummy: what is random in its pass depends on it."""
 
     @property
     def num_targets(self) -> int:

@@ -11,7 +11,7 @@ from rayllava.checkpoint.run import Decision, write_decision
 from rayllava.data.plan import Plan
 from rayllava.place import Place
 from rayllava.prompt.collate import collate, dummy
-from rayllava.recipe import DataSpec, Full, ModelSpec, OptimSpec, PromptSpec, Recipe, ScaleSpec
+from rayllava.recipe import DataSpec, Full, ModelSpec, OptimSpec, ProcessorSpec, PromptSpec, Recipe, ScaleSpec
 from rayllava.records import IGNORE, Batch, Example
 from tests.tiny import processor_spec
 
@@ -20,89 +20,110 @@ PLAN = Plan(num_samples=97, seed=3, global_batch=20, epochs=5, atom=4, tail="sho
 """Five atoms a step, so that two ranks get three and two plus a dummy."""
 
 
-def recipe(model: ModelSpec, zero: int, dtype: str = "float32") -> Recipe:
+def recipe(model: ModelSpec, zero: int, **changes: Any) -> Recipe:
+    """Return a recipe for the plan above; `tuning`, `lr` and fields of `scale` may differ."""
+    tuning, lr = changes.pop("tuning", Full()), changes.pop("lr", 3e-3)
+    scale = {"dtype": "float32", "device": "cpu", "checkpointing": False, "threads": 1} | changes
     return Recipe(
         model=model,
         prompt=PromptSpec(template="vicuna_v1", max_length=128),
-        tuning=Full(),
+        tuning=tuning,
         data=DataSpec(global_batch=20, atom=4),
-        optim=OptimSpec(lr=3e-3, projector_lr=1e-2, warmup=0.1, clip=0.5),
-        scale=ScaleSpec(zero=zero, dtype=dtype, device="cpu", checkpointing=False, threads=1),
+        optim=OptimSpec(lr=lr, projector_lr=1e-2, warmup=0.1, clip=0.5),
+        scale=ScaleSpec(zero=zero, **scale),
         seed=5,
     )
 
 
-def batch_of(samples: list[int]) -> Batch:
+def batch_of(samples: list[int], index: int = 0, spec: ProcessorSpec = SPEC) -> Batch:
     """Draw each sample from its own seed: every third without a picture, lengths uneven."""
-    return collate([_example(sample) for sample in samples], pad_token_id=SPEC.pad_token_id)
+    return collate([_example(sample, spec) for sample in samples], pad_token_id=spec.pad_token_id, index=index)
 
 
-def _example(sample: int) -> Example:
+def _example(sample: int, spec: ProcessorSpec) -> Example:
     rng = np.random.default_rng(sample)
     ids = rng.integers(260, 330, size=int(rng.integers(8, 20))).astype(np.int32)
     labels = ids.copy()
     labels[: len(ids) // 2] = IGNORE
-    pixels = np.zeros((0, 3, 28, 28), dtype=np.uint8)
+    size = spec.image_size
+    pixels = np.zeros((0, 3, size, size), dtype=np.uint8)
     if sample % 3:
-        run = np.full(SPEC.num_image_tokens, SPEC.image_token_id, dtype=np.int32)
+        run = np.full(spec.num_image_tokens, spec.image_token_id, dtype=np.int32)
         ids = np.concatenate([ids[:1], run, ids[1:]])
         labels = np.concatenate([labels[:1], np.full_like(run, IGNORE), labels[1:]])
-        pixels = rng.integers(0, 256, size=(1, 3, 28, 28)).astype(np.uint8)
+        pixels = rng.integers(0, 256, size=(1, 3, size, size)).astype(np.uint8)
     return Example(str(sample), ids, labels, pixels)
 
 
-def curve(task: dict[str, Any]) -> dict[str, list[float]]:
-    """Train under each ZeRO stage of the task and return the loss of every step by stage.
+def curves(task: dict[str, Any]) -> dict[str, list[float]]:
+    """Train every run of the task and return the loss of each of its steps, by name.
 
     With `save`, the state after `save_at` steps goes to a run there; with `load`, training continues from a run.
+    `changes` are those of `recipe`.
     """
-    return {str(zero): _curve(task, zero) for zero in task["zero"]}
+    return {name: _curve(task["model"], **run) for name, run in task["runs"].items()}
 
 
-def _curve(task: dict[str, Any], zero: int) -> list[float]:
+def _curve(
+    parts: dict[str, Any],
+    *,
+    zero: int,
+    steps: int,
+    first: int = 0,
+    save: str = "",
+    save_at: int = 0,
+    load: str = "",
+    changes: dict[str, Any] | None = None,
+) -> list[float]:
     import torch
 
     from rayllava.checkpoint.saver import Saver
     from rayllava.checkpoint.store import Store
+    from rayllava.families import FAMILIES
     from rayllava.model.build import initial, lay_over
     from rayllava.model.forward import LossModel
+    from rayllava.model.seed import seed_of
     from rayllava.model.tuning import tune
     from rayllava.train.engine import Engine
     from rayllava.train.optim import lr_factor
 
     torch.set_num_threads(1)
-    made = recipe(ModelSpec(**task["model"]), zero, task.get("dtype", "float32"))
+    model = ModelSpec(**parts)
+    made = recipe(model, zero, **(changes or {}))
     llava = initial(made, SPEC)
-    first = task.get("from", 0)
-    if task.get("load"):
-        lay_over(llava, Store(Place(task["load"])).fetch(f"step-{first:06d}"))
-    tune(llava, made.tuning)
+    dtype = getattr(torch, made.scale.dtype)
+    tune(llava, made.tuning, FAMILIES[model.family], seed=made.seed, dtype=dtype)
+    folder = Store(Place(load)).fetch(f"step-{first:06d}") if load else None
+    if folder:
+        lay_over(llava, folder)
     engine = Engine(LossModel(llava, SPEC), made, device=torch.device("cpu"))
-    if task.get("load"):
-        engine.load(Store(Place(task["load"])).fetch(f"step-{first:06d}"), step=first)
+    if folder:
+        engine.load(folder, step=first)
     saver, entries = None, []
-    if task.get("save"):
-        place = Place(f"{task['save']}/zero{zero}")
+    if save:
+        place, w = Place(save), engine.world_size
         if engine.rank == 0:
-            write_decision(
-                place,
-                Decision(attempt=1, checkpoint=None, cursor=0, world_size=engine.world_size, driver="test"),
-            )
-        saver = Saver(Store(place), attempt=1, rank=engine.rank, world_size=engine.world_size, keep=1)
+            write_decision(place, Decision(attempt=1, checkpoint=None, cursor=0, world_size=w, driver="test"))
+        saver = Saver(Store(place), attempt=1, rank=engine.rank, world_size=w, keep=1)
     losses = []
-    for step in range(first, task["to"]):
+    for step in range(first, steps):
         share = PLAN.share(step, engine.world_size)[engine.rank]
-        atoms = [dummy(SPEC) if atom is None else batch_of([int(s) for s in atom.samples]) for atom in share]
+        atoms = [dummy(SPEC) if a is None else batch_of([int(s) for s in a.samples], a.index) for a in share]
         targets = engine.sum(sum(atom.num_targets for atom in atoms))[0]
         parts = [
-            engine.backward(atom, num_targets=int(targets), last=index == len(atoms) - 1)
-            for index, atom in enumerate(atoms)
+            engine.backward(
+                atom,
+                num_targets=int(targets),
+                last=number == len(atoms),
+                seed=seed_of(made.seed, "atom", PLAN.epoch_of(step), step, atom.index),
+            )
+            for number, atom in enumerate(atoms, 1)
         ]
-        engine.step(lr_factor(step, num_steps=task["of"], optim=made.optim))
+        engine.step(lr_factor(step, num_steps=steps, optim=made.optim))
         losses.append(engine.sum(sum(parts))[0] / targets)
         held = {atom.index: tuple(map(str, atom.samples)) for atom in share if atom is not None}
         entries.append(LedgerEntry(step + 1, PLAN.epoch_of(step), engine.world_size, 1, held))
-        if saver and step + 1 == task["save_at"]:
+        if saver and step + 1 == save_at:
             saver.start(step + 1, engine.gather(), entries)
             saver.wait()
     return losses

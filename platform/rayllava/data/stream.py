@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -191,10 +190,10 @@ class Desk:
                 rejected.append((sample.key, str(error)))
                 examples.append(_empty(sample.key, processor))
         packed = self.spec.data.max_tokens is not None
-        batch = collate(examples, pad_token_id=processor.spec.pad_token_id, packed=packed)
+        batch = collate(examples, pad_token_id=processor.spec.pad_token_id, packed=packed, index=atom.index)
         most = self.spec.data.max_tokens
         assert most is None or batch.ids.size <= most, f"{batch.ids.size} positions packed into {most}"
-        return replace(batch, index=atom.index), rejected
+        return batch, rejected
 
 
 def _empty(key: str, processor: Processor) -> Example:

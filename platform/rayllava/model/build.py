@@ -2,7 +2,7 @@
 
 language model folder -+
 vision tower folder   -+-> LlavaForConditionalGeneration, its projector new (seeded)
-[earlier runs]        ---> trained parameters laid over it, oldest run first
+[earlier runs]        ---> what each trained laid over it, adapters folded in, oldest run first
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from rayllava.checkpoint.run import RunManifest, read_run
 from rayllava.checkpoint.store import Store, read_checkpoint
+from rayllava.families import FAMILIES
+from rayllava.model.tuning import adapt, merge
 from rayllava.place import Place
 from rayllava.recipe import ModelSpec, ProcessorSpec, Recipe
 
@@ -91,8 +93,22 @@ def initial(recipe: Recipe, processor: ProcessorSpec) -> Any:
     assert recipe.model is not None, "resolved recipes name their model parts"
     llava = build(recipe.model, processor, seed=recipe.seed)
     for run in ancestry(recipe):
-        lay_over(llava, final_checkpoint(run))
+        absorb(llava, read_run(run, field="init_from").recipe, final_checkpoint(run))
     return llava
+
+
+def absorb(llava: Any, recipe: Recipe, checkpoint_dir: Path) -> None:
+    """Make what a run trained a part of the float model: weights are replaced, adapters folded in.
+
+    That holds for QLoRA too: its adapters go onto the weights that were rounded for its training, not onto their
+    rounded copies.
+    """
+    assert recipe.model is not None
+    names = adapt(llava, recipe.tuning, FAMILIES[recipe.model.family], seed=recipe.seed)
+    laid = lay_over(llava, checkpoint_dir)
+    assert sorted(laid) == names, f"{checkpoint_dir} holds {len(laid)} tensors, its run trained {len(names)}"
+    merge(llava)
+    llava.requires_grad_(False)
 
 
 def ancestry(recipe: Recipe) -> list[Place]:
@@ -120,7 +136,7 @@ def result(run: Place) -> tuple[Any, RunManifest]:
     """Return the model that a finished run trained, float32 on the CPU, and the run's manifest."""
     manifest = read_run(run)
     llava = initial(manifest.recipe, manifest.processor)
-    lay_over(llava, final_checkpoint(run))
+    absorb(llava, manifest.recipe, final_checkpoint(run))
     return llava, manifest
 
 

@@ -26,17 +26,28 @@ class LossModel(nn.Module):
         self.spec = spec
         self.tower_trains = any(p.requires_grad for p in llava.model.vision_tower.parameters())
 
-    def forward(self, ids: Tensor, labels: Tensor, positions: Tensor, lengths: Tensor, pixels: Tensor) -> Tensor:
+    def recompute(self) -> None:
+        """Compute activations of the language model, and of a tower that trains, anew in the backward pass."""
+        parts = [self.llava.model.language_model, *[self.llava.model.vision_tower] * self.tower_trains]
+        for part in parts:
+            part.activation_checkpointing_enable({"use_reentrant": False})
+            # transformers makes the embeddings ask for gradients, which only the reentrant kind needs.
+            part.disable_input_require_grads()
+
+    def forward(
+        self, ids: Tensor, labels: Tensor, positions: Tensor, lengths: Tensor, pixels: Tensor, packed: bool = False
+    ) -> Tensor:
         """Return the summed cross-entropy of all target positions, a scalar in float32.
 
-        ids, labels, positions (B, T) int64; lengths (B,); pixels (N, 3, S, S) uint8, N may be 0.
+        ids, labels, positions (B, T) int64; lengths (B,); pixels (N, 3, S, S) uint8, N may be 0; `packed` says
+        that the examples share one row.
         """
-        hidden = self.hidden(ids, positions, lengths, pixels)  # (B, T, D)
+        hidden = self.hidden(ids, positions, lengths, pixels, packed)  # (B, T, D)
         targets = labels[:, 1:] != IGNORE
         logits = self.llava.lm_head(hidden[:, :-1][targets])  # (targets, V)
         return F.cross_entropy(logits.float(), labels[:, 1:][targets], reduction="sum")
 
-    def hidden(self, ids: Tensor, positions: Tensor, lengths: Tensor, pixels: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, positions: Tensor, lengths: Tensor, pixels: Tensor, packed: bool = False) -> Tensor:
         """Return the language model's last hidden states, (B, T, D)."""
         body = self.llava.model
         embeds = self.llava.get_input_embeddings()(ids)  # (B, T, D)
@@ -48,9 +59,12 @@ class LossModel(nn.Module):
         else:
             # ZeRO-3 gathers in lockstep: a rank that skipped the vision branch would hang the others.
             embeds = embeds + 0.0 * features.sum()
+        assert not packed or len(ids) == 1, f"{len(ids)} rows where a packed one stands alone"
+        # Given no mask, no cache and positions that begin again, every attention of transformers keeps the examples
+        # of a packed row apart itself, each in the form its kernel wants.
         seen = body.language_model(
             inputs_embeds=embeds,
-            attention_mask=_mask(positions, lengths),
+            attention_mask=None if packed else (positions < lengths.unsqueeze(1)).long(),
             position_ids=positions,
             use_cache=False,
         )
@@ -62,27 +76,17 @@ class LossModel(nn.Module):
         if not len(pixels):
             size = self.spec.image_size
             pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=pixels.device)
+        layer = config.vision_feature_layer
         with torch.set_grad_enabled(self.tower_trains and torch.is_grad_enabled()):
-            seen = body.vision_tower(normalise(pixels, self.spec, dtype=dtype), output_hidden_states=True)
-            states = seen.hidden_states[config.vision_feature_layer]  # (N, P + 1, C)
+            # Only the wanted hidden state is kept: those of all blocks of a large tower are gigabytes.
+            seen = body.vision_tower(normalise(pixels, self.spec, dtype=dtype), output_hidden_states=[layer])
+            states = seen.hidden_states[layer]  # (N, P + 1, C)
         if config.vision_feature_select_strategy == "default":
             states = states[:, 1:]
         return body.multi_modal_projector(states.to(dtype))
 
 
-def _mask(positions: Tensor, lengths: Tensor) -> Tensor | None:
-    """Return what is not padding, (B, T); None for a packed row.
-
-    Given no mask, no cache and positions that begin again, every attention of transformers keeps the examples
-    of a row apart itself, each in the form its kernel wants.
-    """
-    if (positions[:, 1:] == 0).any():
-        assert len(lengths) == 1, f"{len(lengths)} rows where a packed one stands alone"
-        return None
-    return (positions < lengths.unsqueeze(1)).long()
-
-
-def tensors(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+def tensors(batch: Batch, device: torch.device) -> dict[str, Any]:
     """Return the forward's arguments on a device. They are copies: what came through Arrow is read-only."""
     return {
         "ids": torch.tensor(batch.ids, dtype=torch.int64, device=device),
@@ -90,4 +94,5 @@ def tensors(batch: Batch, device: torch.device) -> dict[str, Tensor]:
         "positions": torch.tensor(batch.positions, dtype=torch.int64, device=device),
         "lengths": torch.tensor(batch.lengths, dtype=torch.int64, device=device),
         "pixels": torch.tensor(batch.pixels, device=device),
+        "packed": batch.packed,
     }

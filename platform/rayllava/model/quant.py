@@ -17,21 +17,27 @@ log = logging.getLogger(__name__)
 Quant = Literal["none", "nf4", "int8"]
 
 
-def quantize(model: Any, kind: Quant, *, device: torch.device | str = "cpu") -> list[str]:
+def quantize(
+    model: Any, kind: Quant, *, device: torch.device | str = "cpu", training: torch.dtype | None = None
+) -> list[str]:
     """Replace the language model's linear layers in place and return their names.
 
     Each layer is packed on `device` and stays there, so that a model which fits there only when packed can be
     loaded. The rest of the model does not move. Afterwards the model must not be cast to another dtype.
+
+    With `training`, for NF4 alone, the layers compute in that type and their packed weights are stored in tensors
+    of it: ZeRO-3 parts and gathers only tensors of one type.
     """
     check_quant(kind)
     if kind == "none":
         return []
+    assert kind == "nf4" or training is None, f"{kind} is no kind to train on"
     body = model.model.language_model
     names = [name for name, module in body.named_modules() if type(module) is nn.Linear]
     assert names, f"{type(body).__name__} has no linear layer to quantize"
-    make = _nf4 if kind == "nf4" else _int8
     for name in names:
-        body.set_submodule(name, make(body.get_submodule(name), device))
+        layer = body.get_submodule(name)
+        body.set_submodule(name, _nf4(layer, device, training) if kind == "nf4" else _int8(layer, device))
     # The CPU kernels work on evaluated modules only; in training mode every call unpacks all weights.
     model.eval()
     log.info("quantized %d layers to %s", len(names), kind)
@@ -44,22 +50,25 @@ def check_quant(kind: str) -> None:
         raise ValueError(f"quant={kind} is none of {', '.join(get_args(Quant))}")
 
 
-def _nf4(layer: nn.Linear, device: torch.device | str) -> nn.Module:
+def _nf4(layer: nn.Linear, device: torch.device | str, training: torch.dtype | None) -> nn.Module:
     import bitsandbytes
 
     bnb: Any = bitsandbytes.nn
 
+    weight = layer.weight.data if training is None else layer.weight.data.to(training)
+    storage = training or torch.uint8
     made = bnb.Linear4bit(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
-        compute_dtype=layer.weight.dtype,
+        compute_dtype=weight.dtype,
         quant_type="nf4",
         compress_statistics=True,
+        quant_storage=storage,
         device="meta",
     )
     made.weight = bnb.Params4bit(
-        layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=True, quant_storage=storage, module=made
     )
     return _packed(made, layer, device)
 
@@ -88,5 +97,6 @@ def _packed(made: Any, layer: nn.Linear, device: torch.device | str) -> nn.Modul
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.data, requires_grad=False)
     made = made.to(device)
-    assert made.weight.dtype in (torch.uint8, torch.int8), f"weight is still {made.weight.dtype}"
+    num_bytes = made.weight.numel() * made.weight.element_size()
+    assert num_bytes <= layer.weight.numel(), f"{num_bytes} bytes for {layer.weight.numel()} packed weights"
     return made.eval()

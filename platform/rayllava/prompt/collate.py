@@ -16,10 +16,10 @@ from rayllava.recipe import ProcessorSpec
 from rayllava.records import IGNORE, Batch, Example
 
 
-def collate(examples: Sequence[Example], *, pad_token_id: int, packed: bool = False) -> Batch:
+def collate(examples: Sequence[Example], *, pad_token_id: int, packed: bool = False, index: int = 0) -> Batch:
     """Return the examples side by side, padded on the right; packed, end to end in one row.
 
-    The mask is `lengths`, never the pad id.
+    The mask is `lengths`, never the pad id. `index` is the place of the atom in its step.
     """
     assert examples, "a batch needs an example; see `dummy`"
     lengths = np.array([len(example.ids) for example in examples], dtype=np.int32)
@@ -39,6 +39,8 @@ def collate(examples: Sequence[Example], *, pad_token_id: int, packed: bool = Fa
         lengths=lengths.sum(keepdims=True, dtype=np.int32) if packed else lengths,
         pixels=np.concatenate([example.pixels for example in examples]),
         sample_ids=tuple(example.id for example in examples),
+        packed=packed,
+        index=index,
     )
 
 
@@ -52,6 +54,8 @@ def dummy(spec: ProcessorSpec) -> Batch:
         lengths=np.array([2], dtype=np.int32),
         pixels=np.zeros((0, 3, size, size), dtype=np.uint8),
         sample_ids=(),
+        packed=False,
+        index=-1,
     )
 
 
@@ -71,11 +75,12 @@ def to_table(batch: Batch, *, rejected: Sequence[tuple[str, str]] = (), **number
         "rejected": [key for key, _ in rejected],
         "reasons": [reason for _, reason in rejected],
     }
+    numbers |= {"packed": int(batch.packed), "index": batch.index}
     return pa.table(
         {name: _one_binary(getattr(batch, name)) for name in ("ids", "labels", "pixels")}
         | {name: pa.array([value], pa.list_(pa.int64())) for name, value in lists.items()}
         | {name: pa.array([value], pa.list_(pa.string())) for name, value in texts.items()}
-        | {name: pa.array([value], pa.int64()) for name, value in ({"index": batch.index} | numbers).items()}
+        | {name: pa.array([value], pa.int64()) for name, value in numbers.items()}
     )
 
 
@@ -94,6 +99,7 @@ def from_table(table: pa.Table) -> Batch:
         lengths=np.array(table["lengths"][0].as_py(), dtype=np.int32),
         pixels=_array(table["pixels"], np.uint8, table["pixels_shape"][0].as_py()),
         sample_ids=tuple(table["sample_ids"][0].as_py()),
+        packed=bool(table["packed"][0].as_py()),
         index=table["index"][0].as_py(),
     )
 

@@ -41,7 +41,7 @@ class Engine:
         self.rank = torch.distributed.get_rank()
         self.zero = recipe.scale.zero
         if recipe.scale.checkpointing:
-            model.llava.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.recompute()
         model.train()
         model.llava.model.vision_tower.train(model.tower_trains)
         optim = recipe.optim
@@ -50,11 +50,13 @@ class Engine:
             model=model.to(device), optimizer=optimizer, config=_config(recipe)
         )
 
-    def backward(self, batch: Batch, *, num_targets: int, last: bool) -> float:
+    def backward(self, batch: Batch, *, num_targets: int, last: bool, seed: int) -> float:
         """Add the gradients of one atom and return its summed loss.
 
         `num_targets` counts the whole step on all ranks; `last` is true for this rank's last atom of the step.
+        Dropout draws from `seed`, so that it is the same on whichever rank and in whichever order atoms are computed.
         """
+        torch.manual_seed(seed)  # of the CPU and of every GPU
         loss = self.deepspeed(**tensors(batch, self.device))
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss * (self.world_size / num_targets), scale_wrt_gas=False)
