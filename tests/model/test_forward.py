@@ -27,6 +27,7 @@ def model(request: pytest.FixtureRequest, parts: ModelSpec, tmp_path_factory: py
     llm, attention = request.param.split("/")
     if llm != "llama":
         parts = parts.but(llm=str(write_llm(llm, tmp_path_factory.mktemp(llm))))
+        parts = parts.but(family="phi3" if "phi3" in llm else "vicuna")
     llava = build(parts, SPEC, seed=0)
     llava.model.language_model.set_attn_implementation(attention)
     return LossModel(llava, SPEC)

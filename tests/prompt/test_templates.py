@@ -40,6 +40,10 @@ WRITTEN = {
         "<s><|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
         "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n"
     ),
+    "qwen_chat": (
+        "<|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
+        "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n"
+    ),
     "llama3_chat": (
         "<s><|start_header_id|>user<|end_header_id|>\n\n<image>\nQ1<|eot_id|><|start_header_id|>assistant"
         "<|end_header_id|>\n\nA1<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|>"
@@ -59,6 +63,7 @@ TAUGHT = {
     "vicuna": ["A1</s>", "A2</s>"],
     "internlm_chat": ["A1<eoa>", "A2<eoa>"],
     "internlm2_chat": ["A1<|im_end|>", "A2<|im_end|>"],
+    "qwen_chat": ["A1<|im_end|>", "A2<|im_end|>"],
     "llama3_chat": ["A1<|eot_id|>", "A2<|eot_id|>"],
     "phi3_chat": ["A1<|end|>", "A2<|end|>"],
 }

@@ -24,7 +24,7 @@ class Family:
     model_type: str
     """`model_type` of the transformers class that runs it."""
     remap: str = ""
-    """How its checkpoint becomes that class, when it is not one already (see docs/decisions.md)."""
+    """`model_type` of checkpoints that become that class by translation, see rayllava.checkpoint.remap."""
 
 
 FAMILIES = Shelf("rayllava.families", Family)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rayllava.checkpoint.run import RunManifest, read_run
 from rayllava.checkpoint.store import Store, read_checkpoint
 from rayllava.families import FAMILIES
+from rayllava.model.parts import language_model, vision_tower
 from rayllava.model.tuning import adapt, merge
 from rayllava.place import Place
 from rayllava.recipe import ModelSpec, ProcessorSpec, Recipe
@@ -29,21 +30,15 @@ def build(model: ModelSpec, processor: ProcessorSpec, *, seed: int) -> Any:
     Rows that the tokenizer gained (`<image>`, `<pad>`) are drawn around the mean of the old rows; the table is
     padded to a multiple of 64, as the published Hugging Face checkpoints are.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForCausalLM,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    torch.manual_seed(seed)
-    llm: Any = AutoModelForCausalLM.from_pretrained(model.llm, dtype=torch.float32)
-    tower = _tower(AutoModel, AutoConfig, model.vision)
+    llm = language_model(Path(model.llm), family=model.family)
+    tower = vision_tower(Path(model.vision), size=processor.image_size)
     rows = max(processor.image_token_id, processor.pad_token_id) + 1
     if rows > llm.get_input_embeddings().weight.shape[0]:
+        torch.manual_seed(seed)
         llm.resize_token_embeddings(rows, pad_to_multiple_of=64)
     config: Any = LlavaConfig(
         vision_config=tower.config,
@@ -138,16 +133,6 @@ def result(run: Place) -> tuple[Any, RunManifest]:
     llava = initial(manifest.recipe, manifest.processor)
     absorb(llava, manifest.recipe, final_checkpoint(run))
     return llava, manifest
-
-
-def _tower(auto_model: Any, auto_config: Any, folder: str) -> Any:
-    """Load a vision tower; a folder that holds a whole CLIP gives its vision half."""
-    config = auto_config.from_pretrained(folder)
-    if config.model_type == "clip":
-        from transformers import CLIPVisionModel
-
-        return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
-    return auto_model.from_pretrained(folder, dtype=torch.float32)
 
 
 def _projector(projector: nn.Module, seed: int) -> nn.Module:

@@ -30,7 +30,7 @@ def assemble(
 ) -> ProcessorSpec:
     """Write the model's tokenizer into `out_dir` and return how dialogues and pictures become its input."""
     template, family = template_of(prompt.template), FAMILIES[model.family]
-    picture = _read_picture(vision_dir, select=model.vision_feature_select)
+    picture = _read_picture(vision_dir, model)
     if prompt.max_length <= picture.num_tokens:
         raise ValueError(
             f"prompt.max_length={prompt.max_length} leaves no room for {picture.num_tokens} image tokens; "
@@ -70,8 +70,8 @@ class _Picture(NamedTuple):
     num_tokens: int
 
 
-def _read_picture(folder: Path, *, select: str) -> _Picture:
-    """Return what a tower expects: its preprocessor's size goes before its own, which may be interpolated."""
+def _read_picture(folder: Path, model: ModelSpec) -> _Picture:
+    """Return what a tower is to see: the recipe's size goes before its preprocessor's, and that before its own."""
     processor = _read_json(folder / "preprocessor_config.json")
     config = _read_json(folder / "config.json")
     config = config.get("vision_config", config)
@@ -79,11 +79,19 @@ def _read_picture(folder: Path, *, select: str) -> _Picture:
     if missing or "patch_size" not in config:
         where = "preprocessor_config.json" if missing else "config.json"
         raise ValueError(f"{folder / where} says no {(*missing, 'patch_size')[0]}; give a complete vision tower")
-    size = _side(processor.get("crop_size")) or _side(processor.get("size")) or _side(config.get("image_size"))
+    size = model.image_size or _side(processor.get("crop_size")) or _side(processor.get("size"))
+    size = size or _side(config.get("image_size"))
     patch = _side(config["patch_size"])
     if size is None or patch is None:
         raise ValueError(f"{folder} says neither crop_size, size nor image_size; give a complete vision tower")
-    num_tokens = (size // patch) ** 2 + (select == "full")
+    if model.image_size and size % patch:
+        raise ValueError(f"model.image_size={size} cuts patches of {patch} pixels; use {size - size % patch + patch}")
+    has_class = not config.get("model_type", "").startswith("siglip")
+    if not has_class and model.vision_feature_select == "default":
+        raise ValueError(
+            f"model.vision_feature_select=default drops the class token, which the tower in {folder} lacks; use full"
+        )
+    num_tokens = (size // patch) ** 2 + (has_class and model.vision_feature_select == "full")
     return _Picture(size, tuple(processor["image_mean"]), tuple(processor["image_std"]), num_tokens)
 
 

@@ -185,6 +185,14 @@ _XTUNER = {
         gap="\n",
         joined=False,
     ),
+    "qwen_chat": Template(
+        system="<|im_start|>system\n{system}<|im_end|>\n",
+        user="{system}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
+        stop="<|im_end|>",
+        gap="\n",
+        bos="never",
+        joined=False,
+    ),
     "llama3_chat": Template(
         system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
         user=(

@@ -54,6 +54,13 @@ def _vicuna(asker: str) -> str:
     )
 
 
+_CHATML = _words(
+    system=("<|im_start|>system\n", "<|im_end|>\n"),
+    user=("<|im_start|>user\n", "<|im_end|>\n"),
+    opens="<|im_start|>assistant\n",
+    closes="<|im_end|>\n",
+)
+
 TEMPLATES = {
     "vicuna_v1": _vicuna("user"),
     "llava_v1": _vicuna("human"),
@@ -69,12 +76,8 @@ TEMPLATES = {
         opens="<|assistant|>\n",
         closes="<|end|>\n",
     ),
-    "internlm2_chat": _words(
-        system=("<|im_start|>system\n", "<|im_end|>\n"),
-        user=("<|im_start|>user\n", "<|im_end|>\n"),
-        opens="<|im_start|>assistant\n",
-        closes="<|im_end|>\n",
-    ),
+    "internlm2_chat": _CHATML,
+    "qwen_chat": _CHATML,
 }
 
 
