@@ -212,6 +212,15 @@ class ScaleSpec(Spec):
     """Torch threads of a CPU worker; empty leaves torch's choice."""
     decoders: int = Field(2, ge=1)
     """CPUs that Ray Data may use for reading, decoding and encoding."""
+    resources: dict[str, float] = {}
+    """What a worker asks of Ray beside a GPU, where it has one; empty for one CPU where it has none. A custom
+    resource marks the nodes that train."""
+    wait_s: float = Field(1800, gt=0)
+    """Longest wait for MIN workers, at the start and after a loss."""
+    resize_after_s: float = Field(60, ge=0)
+    """A group lives so long before it may grow; growing costs a restart."""
+    hang_s: float = Field(600, gt=0)
+    """Seconds in one phase of a step after which the ranks that are late are named and the group starts again."""
 
     @field_validator("workers", mode="before")
     @classmethod

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rayllava.evals.metrics import wilson
+from rayllava.place import Place
 from rayllava.train.meter import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +28,7 @@ def kill_when(out: Path, reached: str, steps: int = 0) -> None:
     """Start it, wait until a file is there (with that many steps in it), and kill it without notice."""
     job = start(out)
     deadline = time.monotonic() + 600
-    while not (out / reached).exists() or len(read_metrics(out / reached)) < steps:
+    while not (out / reached).exists() or len(read_metrics(Place(str(out / reached)))) < steps:
         assert job.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     job.send_signal(signal.SIGKILL)
@@ -45,7 +46,9 @@ def test_kills_on_the_way_leave_a_correct_end(tmp_path: Path) -> None:
     kill_when(out, "evals/finetune/textvqa/predictions.jsonl")
     assert start(out).wait() == 0
     report = json.loads((out / "report.json").read_text())
-    assert [entry["step"] for entry in read_metrics(out / "finetune" / "metrics.jsonl")] == list(range(1, 647))
+    assert [entry["step"] for entry in read_metrics(Place(str(out / "finetune" / "metrics.jsonl")))] == list(
+        range(1, 647)
+    )
     open_answer, yes_no = report["scores"]["open_answer"], report["scores"]["yes_no"]
     assert yes_no["finetune"] >= 0.93
     assert open_answer["finetune"] >= 0.85 and report["kinds"]["place"]["finetune"] >= 0.90

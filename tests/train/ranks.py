@@ -15,6 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run_ranks(function: str, world_size: int, argument: Any) -> list[Any]:
     """Run `module:function(argument)` on `world_size` gloo ranks and return their JSON results by rank."""
+    codes, outputs = start_ranks(function, world_size, argument)
+    assert codes == [0] * world_size, f"ranks ended with {codes}"
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def start_ranks(
+    function: str, world_size: int, argument: Any, *, errors: bool = False
+) -> tuple[list[int], list[str]]:
+    """Run a function as `run_ranks` does; return exit codes and what the ranks printed, on stderr with `errors`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -32,11 +41,10 @@ def run_ranks(function: str, world_size: int, argument: Any) -> list[Any]:
             "DS_ACCELERATOR": "cpu",
         }
         command = [sys.executable, "-m", "tests.train.ranks", function, json.dumps(argument)]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    codes = [process.returncode for process in processes]
-    assert codes == [0] * world_size, f"ranks ended with {codes}"
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+        pipes = {"stderr" if errors else "stdout": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes))
+    outputs = [process.communicate(timeout=300)[errors] for process in processes]
+    return [process.returncode for process in processes], outputs
 
 
 def main() -> None:

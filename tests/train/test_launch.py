@@ -152,7 +152,7 @@ def killed_and_finished(
 
 def test_a_killed_run_continues_to_its_end(killed_and_finished: tuple[Path, list[dict[str, float]]]) -> None:
     out, _ = killed_and_finished
-    after = read_metrics(out / "metrics.jsonl")
+    after = read_metrics(Place(str(out / "metrics.jsonl")))
     assert [entry["step"] for entry in after] == list(range(1, 121))
     assert {entry["num_samples"] for entry in after} == {10}
     second = runs.read_decision(Place(str(out)), 2)
@@ -177,7 +177,7 @@ def test_steps_that_were_done_twice_have_the_same_loss(
 ) -> None:
     out, before = killed_and_finished
     cursor = runs.read_decision(Place(str(out)), 2).cursor
-    after = {entry["step"]: entry["loss"] for entry in read_metrics(out / "metrics.jsonl")}
+    after = {entry["step"]: entry["loss"] for entry in read_metrics(Place(str(out / "metrics.jsonl")))}
     twice = [entry for entry in before if entry["step"] > cursor]
     for entry in twice:
         assert after[entry["step"]] == pytest.approx(entry["loss"], rel=1e-4)

@@ -10,7 +10,7 @@ from rayllava.checkpoint.ledger import LedgerEntry
 from rayllava.checkpoint.run import Decision, write_decision
 from rayllava.data.plan import Plan
 from rayllava.place import Place
-from rayllava.prompt.collate import collate, dummy
+from rayllava.prompt.collate import collate, dummy, rehearsal
 from rayllava.recipe import DataSpec, Full, ModelSpec, OptimSpec, ProcessorSpec, PromptSpec, Recipe, ScaleSpec
 from rayllava.records import IGNORE, Batch, Example
 from tests.tiny import processor_spec
@@ -98,7 +98,7 @@ def _curve(
         lay_over(llava, folder)
     engine = Engine(LossModel(llava, SPEC), made, device=torch.device("cpu"))
     if folder:
-        engine.load(folder, step=first)
+        engine.load(folder, step=first, rehearsed=rehearsal(SPEC, rows=4, positions=20, images=3))
     saver, entries = None, []
     if save:
         place, w = Place(save), engine.world_size
@@ -127,3 +127,44 @@ def _curve(
             saver.start(step + 1, engine.gather(), entries)
             saver.wait()
     return losses
+
+
+def whole_run(task: dict[str, Any]) -> list[float]:
+    """Train a prepared run from its start to its end, without Ray, and return the loss of every step."""
+    import torch
+
+    from rayllava.checkpoint.lease import Lease
+    from rayllava.checkpoint.run import read_run
+    from rayllava.checkpoint.store import decide
+    from rayllava.data import stream
+    from rayllava.train import loop
+    from rayllava.train.launch import stream_spec
+    from rayllava.train.meter import read_metrics
+
+    run = Place(task["run"])
+    manifest = read_run(run)
+    with Lease(run) as lease:
+        decision = decide(run, world_size=1, driver=lease.id)
+        spec = stream_spec(manifest, decision)
+        largest = stream.open_plan(spec).largest()
+        loop.run(manifest, decision, stream.stream(spec), device=torch.device("cpu"), largest=largest)
+    return [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
+
+
+def hang(task: dict[str, Any]) -> None:
+    """Rank 0 waits in a collective of step 3 for rank 1, which never comes to it."""
+    import logging
+    import time
+
+    import torch
+
+    from rayllava.train.watchdog import Watchdog
+
+    logging.basicConfig()
+    rank = torch.distributed.get_rank()
+    with Watchdog(rank=rank, world_size=2, limit_s=task["limit_s"]) as watchdog:
+        watchdog.at(3, "data")
+        if rank == 1:
+            time.sleep(60)
+        watchdog.at(3, "count")
+        torch.distributed.barrier()

@@ -53,6 +53,8 @@ class Decision(Spec):
     world_size: int
     driver: str
     """Id of the lease under which it was decided."""
+    at: float = 0.0
+    """When, in seconds since 1970."""
 
 
 def read_run(run: Place, *, field: str = "RUN") -> RunManifest:

@@ -228,6 +228,7 @@ def decide(run: Place, *, world_size: int, driver: str) -> Decision:
             cursor=found.manifest.step if found else 0,
             world_size=world_size,
             driver=driver,
+            at=time.time(),
         )
         write_decision(run, decision)
     return decision

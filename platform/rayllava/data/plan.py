@@ -169,6 +169,19 @@ class Plan:
             return -(-self.global_batch // self.atom)
         return -(-self.global_batch * self._total_length() // (self.num_samples * self.max_tokens))
 
+    def largest(self) -> tuple[int, int, int]:
+        """Return (rows, positions, pictures) of the largest atom that the plan can hold; pictures at most so many.
+
+        Lengths and pictures are those that the plan knows, estimates where it does not pack.
+        """
+        cuts = range(0, self.num_samples, _PIECE)
+        most = 0 if self.images is None else int(max(self.images[cut : cut + _PIECE].max() for cut in cuts))
+        if self.max_tokens is not None:
+            return 1, self.max_tokens, self.max_tokens if most else 0
+        rows = min(self.atom, self.num_samples)
+        longest = 1 if self.lengths is None else max(int(self._lengths(slice(c, c + _PIECE)).max()) for c in cuts)
+        return rows, longest, rows + most - 1 if most else 0
+
     def epoch_of(self, k: int) -> int:
         return k // self.steps_per_epoch
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rayllava.data.plan import GROUP, WINDOW, Atom, plan_of
-from rayllava.data.shards import ShardReader
+from rayllava.data.plan import GROUP, WINDOW, Atom, Plan, plan_of
+from rayllava.data.shards import ShardManifest, ShardReader
 from rayllava.place import Place
 from rayllava.prompt.collate import collate, dummy, from_table, to_table
 from rayllava.prompt.encode import Processor, SampleError
@@ -154,6 +154,13 @@ def feed(shard: DataIterator, spec: StreamSpec, *, rank: int = 0) -> Iterator[Fe
         due += 1
 
 
+def open_plan(spec: StreamSpec, shards: ShardManifest | None = None) -> Plan:
+    """Return the plan that a stream follows."""
+    lengths = Place(spec.lengths) if spec.lengths else None
+    manifest = shards or ShardManifest.load(spec.shards)
+    return plan_of(manifest, spec.data, spec.processor, seed=spec.seed, lengths=lengths)
+
+
 class Desk:
     """What makes atoms in one process: small, read from the shard folder and the spec alone."""
 
@@ -163,8 +170,7 @@ class Desk:
         grouped = 0 if data.group == "none" else -(-data.group_window * data.global_batch // GROUP)
         self.reader = ShardReader(spec.shards, num_groups=WINDOW + grouped)
         assert self.reader.manifest.digest == spec.shards_digest, f"{spec.shards} changed during the run"
-        lengths = Place(spec.lengths) if spec.lengths else None
-        self.plan = plan_of(self.reader.manifest, data, spec.processor, seed=spec.seed, lengths=lengths)
+        self.plan = open_plan(spec, self.reader.manifest)
         self.processor = Processor(spec.processor, Path(spec.tokenizer_dir))
 
     @staticmethod

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rayllava import durable
+from rayllava.place import Place
 from rayllava.train.meter import read_metrics
 
 _COLUMNS = {"chance": "chance", "pretrain": "after stage 1", "finetune": "after stage 2", "nf4": "NF4"}
@@ -73,7 +74,7 @@ def _curves(out: Path) -> str:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
     stages = {"pretrain": "stage 1: projector", "finetune": "stage 2: projector and language model"}
     for axis, (stage, title) in zip(axes, stages.items(), strict=True):
-        entries = read_metrics(out / stage / "metrics.jsonl")
+        entries = read_metrics(Place(str(out / stage / "metrics.jsonl")))
         axis.plot([entry["step"] for entry in entries], [entry["loss"] for entry in entries], color="#2a6f97")
         axis.set(title=title, xlabel="step", ylabel="loss per target token", yscale="log")
         axis.grid(alpha=0.3, which="both")

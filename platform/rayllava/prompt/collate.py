@@ -59,6 +59,30 @@ def dummy(spec: ProcessorSpec) -> Batch:
     )
 
 
+def rehearsal(spec: ProcessorSpec, *, rows: int, positions: int, images: int) -> Batch:
+    """Return a batch of this shape that is computed for nothing: every position that is no picture's is a target.
+
+    Pictures stand at the front of the rows, no more of them than there is room for.
+    """
+    size, run = spec.image_size, spec.num_image_tokens
+    positions = max(2, positions)
+    ids = np.full((rows, positions), spec.pad_token_id, dtype=np.int32)
+    room = (positions - 1) // run
+    share = [min(room, images // rows + (row < images % rows)) for row in range(rows)]
+    for row, count in zip(ids, share, strict=True):
+        row[: count * run] = spec.image_token_id
+    return Batch(
+        ids=ids,
+        labels=np.where(ids == spec.image_token_id, np.int32(IGNORE), ids),
+        positions=np.tile(np.arange(positions, dtype=np.int32), (rows, 1)),
+        lengths=np.full(rows, positions, dtype=np.int32),
+        pixels=np.zeros((sum(share), 3, size, size), dtype=np.uint8),
+        sample_ids=(),
+        packed=False,
+        index=-1,
+    )
+
+
 def to_table(batch: Batch, *, rejected: Sequence[tuple[str, str]] = (), **numbers: int) -> pa.Table:
     """Return the batch as a table of one row, its large arrays not copied, with `numbers` beside them.
 

@@ -77,10 +77,10 @@ class Engine:
         return total.tolist()
 
     @property
-    def grad_norm(self) -> float:
-        """Global gradient norm of the last step before clipping; ZeRO-0 does not keep it."""
+    def grad_norm(self) -> float | None:
+        """Global gradient norm of the last step before clipping; None under ZeRO-0, which does not keep it."""
         norm = self.deepspeed.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return None if norm is None else float(norm)
 
     # -- state without a world size ----------------------------------------------------------------------
 
@@ -106,18 +106,22 @@ class Engine:
                     kept[f"{kind}/{name}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
         return kept
 
-    def load(self, checkpoint_dir: Path, *, step: int) -> None:
+    def load(self, checkpoint_dir: Path | None, *, step: int, rehearsed: Batch) -> None:
         """Take over weights, moments and step count of a checkpoint saved under any ZeRO stage and world size.
 
         The weights must already lie in the module that this engine was made of (model.build.lay_over): what
-        DeepSpeed derived from them at start-up cannot be replaced afterwards in every stage.
+        DeepSpeed derived from them at start-up cannot be replaced afterwards in every stage. Without a checkpoint
+        the engine stands before its first step. `rehearsed` is computed first, without effect: the optimizer's
+        states exist after a step alone, and a batch that is too large for the memory shows here.
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        self._prime()
+        self._rehearse(rehearsed)
         self._link_states()
         trained = dict(self._trained())
         for kind in ("param", *_MOMENTS):
+            if checkpoint_dir is None:
+                break
             missing = set(trained)
             for name, tensor in read_tensors(checkpoint_dir, f"{kind}/"):
                 parameter = trained[name]
@@ -135,17 +139,12 @@ class Engine:
             if "step" in state:
                 state["step"] = torch.full_like(state["step"], float(step))
 
-    def _prime(self) -> None:
-        """Make the optimizer's states exist by one step that changes nothing: rate 0, loss times 0."""
-        model = self.deepspeed.module
-        ids = torch.full((1, 2), model.spec.pad_token_id, device=self.device)
-        size = model.spec.image_size
-        pixels = torch.zeros(0, 3, size, size, dtype=torch.uint8, device=self.device)
-        positions = torch.arange(2, device=self.device).unsqueeze(0)
-        lengths = ids.new_full((1,), 2)
-        loss = 0.0 * self.deepspeed(ids=ids, labels=ids, positions=positions, lengths=lengths, pixels=pixels)
+    def _rehearse(self, batch: Batch) -> None:
+        """Do a step that changes nothing: rate 0, loss times 0."""
+        loss = self.deepspeed(**tensors(batch, self.device))
+        assert torch.isfinite(loss), "the model's very first loss is no number"
         self.deepspeed.set_gradient_accumulation_boundary(True)
-        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        self.deepspeed.backward(0.0 * loss, scale_wrt_gas=False)
         self.step(0.0)
 
     def _link_states(self) -> None:

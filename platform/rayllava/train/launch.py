@@ -7,7 +7,9 @@ worker   read that decision, assert that the first row belongs to it, run the lo
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
 from rayllava import durable, versions
 from rayllava import log as log_
@@ -32,9 +34,18 @@ from rayllava.data.stream import StreamSpec
 from rayllava.place import Place
 from rayllava.prompt.assemble import assemble
 from rayllava.recipe import Recipe, load
+from rayllava.train import goodput
+from rayllava.train.elastic import ElasticTrainer
 from rayllava.train.meter import Watch
 
 log = logging.getLogger(__name__)
+
+_RAY = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # rayllava.train.elastic looks itself
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+}
+"""How Ray Train's controller works under our policies."""
 
 _FREE_TO_CHANGE = ("scale", "save", "fresh", "name", "after")
 """Parts of a recipe that a continued run may state differently: they do not change what is computed."""
@@ -98,29 +109,39 @@ def _train(manifest: RunManifest, *, driver: str) -> RunManifest:
         shards = ShardManifest.load(recipe.data.shards)
         measure(shards, manifest.processor, run_dir / "tokenizer", run_dir / LENGTHS)
         stream.Desk.open(stream_spec(manifest)).plan.check_workers(scale.max_workers)
-    workers: Any = scale.min_workers
-    if scale.max_workers > scale.min_workers:
-        workers = (scale.min_workers, scale.max_workers)
-    trainer = TorchTrainer(
+    os.environ.update(_RAY)
+    trainer = ElasticTrainer(
         _worker,
+        scale=scale,
+        run=Place(recipe.out),
         train_loop_config={"run_dir": str(run_dir), "driver": driver},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        # A hang is for our own watchdog to name, before the process group gives up without a name.
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(2 * scale.hang_s) + 60),
+        scaling_config=ScalingConfig(
+            num_workers=(scale.min_workers, scale.max_workers),  # type: ignore[arg-type]  # as above
+            use_gpu=use_gpu,
+            resources_per_worker=scale.resources | ({"GPU": 1.0} if use_gpu else {}) if scale.resources else None,
+        ),
         # Ray Train's own notion of checkpoints is never used, so each driver gets a name of its own.
         run_config=RunConfig(
             name=f"driver-{time.time_ns()}",
             storage_path=str(run_dir / "ray"),
-            failure_config=FailureConfig(max_failures=3),
+            failure_config=FailureConfig(max_failures=-1),  # rayllava.train.elastic decides
         ),
         datasets={"train": ray.data.range(1)},
         dataset_config=AttemptFeed(run_dir, driver),
     )
-    with Watch(run_dir / "metrics.jsonl", num_steps=manifest.num_steps, title=run_dir.name):
+    run = Place(recipe.out)
+    with Watch(run / "metrics.jsonl", num_steps=manifest.num_steps, title=run.name):
         trainer.fit()
     ray.get(ray.remote(_export).remote(str(run_dir)))
     manifest = manifest.but(finished=True)
-    runs.write_run(Place(recipe.out), manifest)
+    runs.write_run(run, manifest)
+    spent = goodput.measure(run)
     log.info("finished %d steps; the model is in %s", manifest.num_steps, run_dir / "export")
+    if spent:
+        (run / "goodput.json").write_bytes(json.dumps(spent._asdict(), indent=1).encode() + b"\n")
+        log.info("%s", spent.text())
     return manifest
 
 
@@ -151,7 +172,7 @@ def stream_spec(manifest: RunManifest, decision: Decision | None = None) -> Stre
     """Return what an attempt of a run is fed; without a decision, the whole run as one worker would compute it."""
     recipe, run_dir = manifest.recipe, Path(manifest.recipe.out)
     packs = recipe.data.max_tokens is not None
-    attempt = decision.model_dump(exclude={"checkpoint", "driver"}) if decision else {}
+    attempt = decision.model_dump(include={"attempt", "cursor", "world_size"}) if decision else {}
     return StreamSpec(
         shards=recipe.data.shards,
         shards_digest=manifest.shards_digest,
@@ -166,6 +187,7 @@ def stream_spec(manifest: RunManifest, decision: Decision | None = None) -> Stre
 
 
 def _worker(config: dict[str, Any]) -> None:
+    born = time.time()
     from rayllava.train import loop
 
     context = ray.train.get_context()
@@ -177,8 +199,15 @@ def _worker(config: dict[str, Any]) -> None:
     decision = runs.read_decision(run, runs.newest_attempt(run))
     assert decision.driver == config["driver"], "the decision is another driver's"
     assert decision.world_size == context.get_world_size(), "the decision is for another world size"
-    feed = stream.feed(shard, stream_spec(manifest, decision), rank=rank)
-    loop.run(manifest, decision, feed, device=loop.worker_device(manifest.recipe.scale.device))
+    spec = stream_spec(manifest, decision)
+    loop.run(
+        manifest,
+        decision,
+        stream.feed(shard, spec, rank=rank),
+        device=loop.worker_device(manifest.recipe.scale.device),
+        largest=stream.open_plan(spec).largest(),
+        born=born,
+    )
     ray.train.report({"step": manifest.num_steps})
 
 
@@ -244,9 +273,9 @@ def _clear(run_dir: Path) -> None:
     import shutil
 
     with Lease(Place(str(run_dir))):
-        for name in ("attempts", "checkpoints", "export", "ledger", "tokenizer", "ray"):
+        for name in ("attempts", "checkpoints", "export", "ledger", "tokenizer", "ray", "waits"):
             shutil.rmtree(run_dir / name, ignore_errors=True)
-        for name in ("ledger.jsonl", "metrics.jsonl", LENGTHS, "manifest.json"):
+        for name in ("goodput.json", "ledger.jsonl", "metrics.jsonl", LENGTHS, "manifest.json"):
             (run_dir / name).unlink(missing_ok=True)
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,14 +19,19 @@ from rayllava.checkpoint.ledger import LedgerEntry
 from rayllava.checkpoint.run import Decision, RunManifest
 from rayllava.checkpoint.saver import Saver
 from rayllava.checkpoint.store import Store
+from rayllava.families import FAMILIES
 from rayllava.model.build import initial, lay_over
 from rayllava.model.forward import LossModel
-from rayllava.model.tuning import tune
+from rayllava.model.seed import seed_of
+from rayllava.model.tuning import census, tune
 from rayllava.place import Place
+from rayllava.prompt.collate import rehearsal
 from rayllava.records import Batch
+from rayllava.train import signals
 from rayllava.train.engine import Engine
 from rayllava.train.meter import Meter
 from rayllava.train.optim import lr_factor
+from rayllava.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -37,87 +42,207 @@ Feed = Iterator[tuple[int, int, list[Batch], Rejected]]
 """(step, epoch, this rank's atoms, what had to be left out) from the cursor to the last step, in order."""
 
 
-def run(manifest: RunManifest, decision: Decision, feed: Feed, *, device: torch.device) -> None:
-    """Train from the decision's cursor to the end on one rank of an initialised process group."""
+def run(
+    manifest: RunManifest,
+    decision: Decision,
+    feed: Feed,
+    *,
+    device: torch.device,
+    largest: tuple[int, int, int],
+    born: float = 0.0,
+) -> None:
+    """Train from the decision's cursor to the end on one rank of an initialised process group.
+
+    `largest` is the shape of the largest atom (Plan.largest), which is computed first, for nothing, so that a lack of
+    memory shows at once. `born` is when this process began to work for the attempt, in seconds since 1970.
+    """
     recipe = manifest.recipe
-    run_dir = Path(recipe.out)
-    store = Store(Place(recipe.out))
     if recipe.scale.threads:
         torch.set_num_threads(recipe.scale.threads)
-    engine = _engine(manifest, decision, store, device)
-    meter = Meter(run_dir / "metrics.jsonl") if engine.rank == 0 else None
-    saver = Saver(
-        store,
-        attempt=decision.attempt,
-        rank=engine.rank,
-        world_size=engine.world_size,
-        keep=recipe.save.keep,
-    )
-    entries: list[LedgerEntry] = []
-    step = decision.cursor
-    waited = time.monotonic()
-    num_rejected = 0.0
-    for step, epoch, atoms, rejected in feed:
-        started = time.monotonic()
-        targets, samples, left_out = engine.sum(
+    store = Store(Place(recipe.out))
+    engine = _engine(manifest, decision, store, device, largest)
+    world = {"rank": engine.rank, "world_size": engine.world_size}
+    saver = Saver(store, attempt=decision.attempt, keep=recipe.save.keep, **world)
+    with Watchdog(limit_s=recipe.scale.hang_s, **world) as watchdog:
+        loop = _Loop(manifest, decision, engine, saver, watchdog, started={"worker": born, "engine": time.time()})
+        for step, epoch, atoms, rejected in feed:
+            loop.step(step, epoch, atoms, rejected)
+        assert loop.done >= manifest.num_steps, f"the feed ended after step {loop.done} of {manifest.num_steps}"
+        watchdog.at(loop.done, "save")
+        saver.wait()
+    loop.close()
+
+
+class _Loop:
+    """What one rank keeps from step to step."""
+
+    def __init__(
+        self,
+        manifest: RunManifest,
+        decision: Decision,
+        engine: Engine,
+        saver: Saver,
+        watchdog: Watchdog,
+        *,
+        started: dict[str, float],
+    ) -> None:
+        self.manifest = manifest
+        self.recipe = manifest.recipe
+        self.decision = decision
+        self.engine = engine
+        self.saver = saver
+        self.watchdog = watchdog
+        self.started = started
+        self.done = self.saved = decision.cursor
+        self.entries: list[LedgerEntry] = []
+        self.num_rejected = 0.0
+        self.waited = time.monotonic()
+        self.pace = 0.0
+        self.stall = 0.0
+        self.meter = Meter(Place(self.recipe.out) / "metrics.jsonl") if engine.rank == 0 else None
+        signals.clear()
+
+    def step(self, step: int, epoch: int, atoms: list[Batch], rejected: Rejected) -> None:
+        """Do a step, 0-based, and whatever is due after it."""
+        recipe, engine = self.recipe, self.engine
+        began = time.monotonic()
+        self.watchdog.at(step + 1, "count")
+        targets, samples, left_out, asked, positions, real = engine.sum(
             sum(atom.num_targets for atom in atoms),
             sum(len(atom.sample_ids) for atom in atoms),
             len(rejected),
+            engine.rank == 0 and signals.asked(),
+            sum(atom.ids.size for atom in atoms),
+            sum(int(atom.lengths.sum()) for atom in atoms if atom.sample_ids),
         )
-        num_rejected += left_out
-        _check_rejected(rejected, num_rejected, manifest)
+        if asked:
+            self._save_and_hold()
+            began = self.waited = time.monotonic()
+        self.num_rejected += left_out
+        _check_rejected(rejected, self.num_rejected, self.manifest)
         if not targets:
             raise ValueError(f"step {step + 1} has no target token; check prompt.template against the data")
+        self.watchdog.at(step + 1, "backward")
         losses = [
-            engine.backward(atom, num_targets=int(targets), last=index == len(atoms) - 1)
-            for index, atom in enumerate(atoms)
+            engine.backward(
+                atom,
+                num_targets=int(targets),
+                last=number == len(atoms),
+                seed=seed_of(recipe.seed, "atom", epoch, step, atom.index),
+            )
+            for number, atom in enumerate(atoms, 1)
         ]
-        factor = lr_factor(step, num_steps=manifest.num_steps, optim=recipe.optim)
-        engine.step(factor)
+        self.watchdog.at(step + 1, "step")
         loss = engine.sum(sum(losses))[0] / targets
         if not math.isfinite(loss):
-            raise ValueError(f"loss is {loss} at step {step + 1}; lower optim.lr={recipe.optim.lr}")
-        if meter:
-            meter.write(
+            raise ValueError(self._not_finite(step, loss, atoms, losses))
+        factor = lr_factor(step, num_steps=self.manifest.num_steps, optim=recipe.optim)
+        engine.step(factor)
+        norm = engine.grad_norm
+        if norm is not None and not math.isfinite(norm):
+            raise ValueError(
+                f"the gradient of step {step + 1} has norm {norm}; its weights are not saved; "
+                f"lower optim.lr={recipe.optim.lr}, or set optim.clip"
+            )
+        self.done = step + 1
+        self.entries.append(_entry(step, epoch, atoms, rejected, self.decision))
+        self._save_if_due()
+        now = time.monotonic()
+        seconds = now - self.waited
+        if self.meter:
+            self.meter.write(
                 step=step + 1,
                 epoch=epoch,
                 loss=loss,
                 lr=recipe.optim.lr * factor,
-                grad_norm=engine.grad_norm,
+                grad_norm=norm,
                 num_target_tokens=int(targets),
                 num_samples=int(samples),
                 num_rejected=int(left_out),
+                num_tokens=int(real),
+                num_positions=int(positions),
                 world_size=engine.world_size,
-                attempt=decision.attempt,
-                seconds=time.monotonic() - waited,
-                data_seconds=started - waited,
+                attempt=self.decision.attempt,
+                seconds=seconds,
+                data_seconds=began - self.waited,
+                save_seconds=self.stall,
+                time=time.time(),
+                **({"started": self.started | {"step": time.time() - seconds}} if self.started else {}),
             )
-        entries.append(_entry(step, epoch, atoms, rejected, decision))
-        waited = time.monotonic()
-        if (step + 1) % recipe.save.every == 0 or step + 1 == manifest.num_steps:
-            saver.start(step + 1, engine.gather(), entries)
-            saver.wait()
-            entries = []
-            waited = time.monotonic()
-    assert step + 1 >= manifest.num_steps, f"the feed ended after step {step + 1} of {manifest.num_steps}"
-    if engine.rank == 0:
-        ledger.derive(store.run, saver.ledger)
+        self.started, self.stall = {}, 0.0
+        self.pace = 0.9 * self.pace + 0.1 * seconds if self.pace else seconds
+        signals.tell(step=self.done, num_steps=self.manifest.num_steps, step_seconds=self.pace)
+        self.waited = now
+        self.watchdog.at(self.done, "data")
+
+    def close(self) -> None:
+        if self.meter:
+            self.meter.flush()
+            ledger.derive(Place(self.recipe.out), self.saver.ledger)
+
+    def _save_if_due(self) -> None:
+        if self.done % self.recipe.save.every == 0 or self.done == self.manifest.num_steps:
+            self._save()
+
+    def _save(self) -> None:
+        self.watchdog.at(self.done, "save")
+        began = time.monotonic()
+        self.saver.start(self.done, self.engine.gather(), self.entries)
+        self.entries, self.saved = [], self.done
+        if self.meter:
+            self.meter.flush()
+        self.stall += time.monotonic() - began
+
+    def _save_and_hold(self) -> None:
+        """Save what is not saved yet, wait until it counts, and wait to be replaced."""
+        if self.saved < self.done:
+            self._save()
+        self.saver.wait()
+        if self.engine.rank == 0:
+            log.info("saved step %d for a planned change; waiting to be replaced", self.done)
+        self.watchdog.at(self.done, "hold")
+        signals.hold()
+
+    def _not_finite(self, step: int, loss: float, atoms: list[Batch], losses: list[float]) -> str:
+        """Return what to say about a loss that is no number; the weights have not moved. Collective."""
+        pairs = zip(atoms, losses, strict=True)
+        mine = [id_ for atom, one in pairs if not math.isfinite(one) for id_ in atom.sample_ids]
+        all_: list[Any] = [None] * self.engine.world_size
+        torch.distributed.all_gather_object(all_, mine)
+        ids = [id_ for some in all_ for id_ in some]
+        named = ", ".join(ids[:20]) + (", ..." if len(ids) > 20 else "")
+        return (
+            f"loss is {loss} at step {step + 1}, from samples {named or 'that are each finite'}; the weights are "
+            f"those of step {step}; look at these samples, or lower optim.lr={self.recipe.optim.lr}"
+        )
 
 
-def _engine(manifest: RunManifest, decision: Decision, store: Store, device: torch.device) -> Engine:
+def _engine(
+    manifest: RunManifest, decision: Decision, store: Store, device: torch.device, largest: tuple[int, int, int]
+) -> Engine:
     recipe = manifest.recipe
+    assert recipe.model is not None
     llava = initial(recipe, manifest.processor)
-    if decision.checkpoint:
-        lay_over(llava, store.fetch(decision.checkpoint))
-    trained = tune(llava, recipe.tuning)
+    dtype = getattr(torch, recipe.scale.dtype)
+    family = FAMILIES[recipe.model.family]
+    trained = tune(llava, recipe.tuning, family, seed=recipe.seed, dtype=dtype, device=device)
+    folder = store.fetch(decision.checkpoint) if decision.checkpoint else None
+    if folder:
+        laid = lay_over(llava, folder)
+        assert sorted(laid) == trained, f"{decision.checkpoint} holds {len(laid)} tensors, {len(trained)} train"
+    parts = ", ".join(f"{part} {tensors} ({n:,})" for part, (tensors, n) in census(llava).items())
     engine = Engine(LossModel(llava, manifest.processor), recipe, device=device)
-    if decision.checkpoint:
-        engine.load(store.fetch(decision.checkpoint), step=decision.cursor)
+    rows, positions, images = largest
+    engine.load(
+        folder,
+        step=decision.cursor,
+        rehearsed=rehearsal(manifest.processor, rows=rows, positions=positions, images=images),
+    )
     if engine.rank == 0:
         log.info(
-            "attempt %d: %d parameter tensors train, ZeRO-%d on %d workers, from step %d",
+            "attempt %d: tensors that train (numbers in them): %s; ZeRO-%d on %d workers, from step %d",
             decision.attempt,
-            len(trained),
+            parts,
             recipe.scale.zero,
             engine.world_size,
             decision.cursor,

@@ -4,46 +4,75 @@ from __future__ import annotations
 
 import json
 import threading
-from pathlib import Path
+import time
 from typing import Any, Self
 
+from rayllava.place import Place
 from rayllava.progress import Progress
+
+_UPLOAD_S = 5.0
+"""Between two looks of a store at what was written since."""
 
 
 class Meter:
-    """Appends metrics, on rank 0 alone. Whole lines only: a torn last line of a killed run is cut off first."""
+    """Appends metrics, on rank 0 alone. Whole lines only: a torn last line of a killed run is cut off first.
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            content = path.read_bytes()
+    An object store cannot append: there the file is put anew every few seconds, and when the meter is closed.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        whole = b""
+        if place.is_file():
+            content = place.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
             if whole != content:
-                path.write_bytes(whole)
-        self.file = path.open("a", buffering=1)
+                place.write_bytes(whole)
+        if place.remote:
+            self._content = bytearray(whole)
+            self._put = time.monotonic()
+        else:
+            place.local.parent.mkdir(parents=True, exist_ok=True)
+            self._file = place.local.open("a", buffering=1)
 
     def write(self, **values: Any) -> None:
-        self.file.write(json.dumps(values) + "\n")
+        line = json.dumps(values) + "\n"
+        if not self.place.remote:
+            self._file.write(line)
+            return
+        self._content += line.encode()
+        if time.monotonic() - self._put > _UPLOAD_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make what was written readable for others."""
+        if self.place.remote:
+            self.place.write_bytes(bytes(self._content))
+            self._put = time.monotonic()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_lines(place: Place) -> list[dict[str, Any]]:
+    """Return every line in the order of writing; a step that was redone has several."""
+    lines = []
+    for text in place.read_bytes().splitlines() if place.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:  # the line that is being written right now
+            continue
+    return lines
+
+
+def read_metrics(place: Place) -> list[dict[str, Any]]:
     """Return one entry a step in order of steps; of a step that was redone, the last."""
-    steps: dict[int, dict[str, Any]] = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # the line that is being written right now
-                continue
-            steps[entry["step"]] = entry
+    steps = {line["step"]: line for line in read_lines(place)}
     return [steps[step] for step in sorted(steps)]
 
 
 class Watch:
     """Shows a run's metrics file as progress while the block runs."""
 
-    def __init__(self, path: Path, *, num_steps: int, title: str) -> None:
-        self.path = path
+    def __init__(self, place: Place, *, num_steps: int, title: str) -> None:
+        self.place = place
         self.num_steps = num_steps
         self.title = title
         self._stop = threading.Event()
@@ -58,12 +87,14 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        entries = read_metrics(self.path)
+        entries = read_metrics(self.place)
         with Progress("steps") as progress:
             progress.add(self.title, total=self.num_steps, done=entries[-1]["step"] if entries else 0)
             ended = False
             while not ended:
-                ended = self._stop.wait(0.5)
-                entries = read_metrics(self.path)
+                ended = self._stop.wait(_UPLOAD_S if self.place.remote else 0.5)
+                entries = read_metrics(self.place)
                 if entries:
-                    progress.at(self.title, entries[-1]["step"], note=f"loss {entries[-1]['loss']:.3f}")
+                    last = entries[-1]
+                    note = f"loss {last['loss']:.3f}, {last['world_size']} workers"
+                    progress.at(self.title, last["step"], note=note)

@@ -1,0 +1,107 @@
+"""Where the time of a run went.
+
+    goodput = committed steps x undisturbed step time at their world size / wall time with at least MIN nodes there
+
+    wall      from the first attempt's decision to the last step
+    waiting   no group, for the cluster had too little room
+    useful    steps of the newest count of each, without their waits: as they would take undisturbed
+    data      waiting for the stream
+    save      held up by checkpoints
+    lost      steps that were done again
+    restart   all the rest: noticing a loss, starting processes, importing, building the model, the first batch
+
+The undisturbed time of a step is the median of the steps at that world size, an attempt's first one left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from itertools import pairwise
+from statistics import median
+from typing import Any, NamedTuple
+
+from rayllava.checkpoint.run import decisions
+from rayllava.place import Place
+from rayllava.train.meter import read_lines
+
+
+class Goodput(NamedTuple):
+    """Shares of a run's time, all in seconds but the first."""
+
+    goodput: float
+    """0 to 1."""
+    wall: float
+    waiting: float
+    useful: float
+    data: float
+    save: float
+    lost: float
+    restart: float
+    recoveries: tuple[float, ...]
+    """From the last step of an attempt to the end of the first step of the next, waiting apart."""
+
+    def text(self) -> str:
+        parts = ("useful", "data", "save", "lost", "restart", "waiting")
+        told = ", ".join(f"{name} {getattr(self, name):.0f}" for name in parts)
+        return f"goodput {self.goodput:.1%} of {self.wall:.0f} s: {told}"
+
+
+def measure(run: Place) -> Goodput | None:
+    """Return the account of a run from its own files; None before its first step."""
+    lines = read_lines(run / "metrics.jsonl")
+    if not lines:
+        return None
+    waits = [json.loads(place.read_bytes()) for place in (run / "waits").files((".json",))]
+    decided = {number: decision.at for number, decision in decisions(run, {}).items()}
+    return account(lines, decided, [(wait["from"], wait["to"]) for wait in waits])
+
+
+def account(lines: list[dict[str, Any]], decided: dict[int, float], waits: list[tuple[float, float]]) -> Goodput:
+    """Return the account of metrics lines in the order they were written, attempts' times and waits for nodes."""
+    counted = {line["step"]: line for line in lines}
+    seen: set[int] = set()
+    typical: dict[int, list[float]] = defaultdict(list)
+    firsts: list[dict[str, Any]] = []
+    for line in lines:
+        if line["attempt"] not in seen:
+            seen.add(line["attempt"])
+            firsts.append(line)
+            continue
+        typical[line["world_size"]].append(_work(line))
+    for line in lines:  # a world size of which nothing but first steps is known
+        if not typical[line["world_size"]]:
+            typical[line["world_size"]].append(_work(line))
+    usual = {size: median(times) for size, times in typical.items()}
+    wall = lines[-1]["time"] - min(decided.values())
+    waiting = sum(end - begin for begin, end in waits)
+    useful = sum(usual[line["world_size"]] for line in counted.values())
+    data = sum(line["data_seconds"] for line in counted.values())
+    save = sum(line["save_seconds"] for line in counted.values())
+    lost = sum(line["seconds"] for line in lines if counted[line["step"]] is not line)
+    recoveries = [
+        after["time"]
+        - before["time"]
+        - sum(end - begin for begin, end in waits if before["time"] <= end <= after["time"])
+        for before, after in _seams(lines)
+    ]
+    return Goodput(
+        goodput=useful / max(1e-9, wall - waiting),
+        wall=wall,
+        waiting=waiting,
+        useful=useful,
+        data=data,
+        save=save,
+        lost=lost,
+        restart=max(0.0, wall - waiting - useful - data - save - lost),
+        recoveries=tuple(recoveries),
+    )
+
+
+def _work(line: dict[str, Any]) -> float:
+    return float(line["seconds"] - line["data_seconds"] - line["save_seconds"])
+
+
+def _seams(lines: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the last line of each attempt with the first of the next."""
+    return [(before, after) for before, after in pairwise(lines) if before["attempt"] != after["attempt"]]
