@@ -51,7 +51,7 @@ def spec_of(shards: str, processor: tuple[ProcessorSpec, str], **words: Any) -> 
 
 def bits(batch: Batch) -> tuple[Any, ...]:
     arrays = (batch.ids, batch.labels, batch.positions, batch.lengths, batch.pixels)
-    return (batch.sample_ids, batch.index, *((array.shape, array.tobytes()) for array in arrays))
+    return (batch.sample_ids, batch.packed, batch.index, *((array.shape, array.tobytes()) for array in arrays))
 
 
 def gather(steps: list[Fed], into: Atoms) -> None:

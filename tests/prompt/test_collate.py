@@ -28,7 +28,7 @@ def examples() -> list[Example]:
 @pytest.fixture(params=[False, True], ids=["padded", "packed"])
 def any_batch(request: pytest.FixtureRequest, examples: list[Example]) -> Batch:
     pad = processor("pieces", "vicuna").spec.pad_token_id
-    return collate(examples, pad_token_id=pad, packed=request.param)
+    return collate(examples, pad_token_id=pad, packed=request.param, index=5)
 
 
 @pytest.fixture
@@ -73,7 +73,8 @@ def test_a_dummy_weighs_nothing() -> None:
 
 def same(one: Batch, other: Batch) -> bool:
     arrays = ("ids", "labels", "positions", "lengths", "pixels")
-    return (one.sample_ids, one.index) == (other.sample_ids, other.index) and all(
+    numbers = [(batch.sample_ids, batch.packed, batch.index) for batch in (one, other)]
+    return numbers[0] == numbers[1] and all(
         np.array_equal(getattr(one, name), getattr(other, name))
         and getattr(one, name).dtype == getattr(other, name).dtype
         for name in arrays
@@ -93,7 +94,7 @@ def test_a_row_crosses_arrow_unchanged(any_batch: Batch) -> None:
     assert back["reasons"].to_pylist() == [[], ["x"]]
     assert same(from_table(back.slice(0, 1)), any_batch)
     none = from_table(back.slice(1, 1))
-    assert none.sample_ids == () and none.pixels.shape == (0, 3, 28, 28)
+    assert none.sample_ids == () and none.pixels.shape == (0, 3, 28, 28) and none.index == -1 and not none.packed
 
 
 def test_bytes_are_not_copied(any_batch: Batch) -> None:

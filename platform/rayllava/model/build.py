@@ -36,8 +36,9 @@ def build(model: ModelSpec, processor: ProcessorSpec, *, seed: int) -> Any:
     transformers_logging.disable_progress_bar()
     llm = language_model(Path(model.llm), family=model.family)
     tower = vision_tower(Path(model.vision), size=processor.image_size)
+    num_own = llm.get_input_embeddings().weight.shape[0]
     rows = max(processor.image_token_id, processor.pad_token_id) + 1
-    if rows > llm.get_input_embeddings().weight.shape[0]:
+    if rows > num_own:
         torch.manual_seed(seed)
         llm.resize_token_embeddings(rows, pad_to_multiple_of=64)
     config: Any = LlavaConfig(
@@ -57,6 +58,7 @@ def build(model: ModelSpec, processor: ProcessorSpec, *, seed: int) -> Any:
     llava.lm_head = llm.lm_head
     llava.model.vision_tower = tower
     llava.model.multi_modal_projector = _projector(llava.model.multi_modal_projector, seed)
+    llava.num_own_rows = num_own  # of the head: the loss looks at no others
     return llava.eval()
 
 

@@ -44,7 +44,10 @@ class LossModel(nn.Module):
         """
         hidden = self.hidden(ids, positions, lengths, pixels, packed)  # (B, T, D)
         targets = labels[:, 1:] != IGNORE
-        logits = self.llava.lm_head(hidden[:, :-1][targets])  # (targets, V)
+        logits = self.llava.lm_head(hidden[:, :-1][targets])  # (targets, rows)
+        # Nobody says `<image>` or `<pad>`: without their rows the loss is that of the model as it came, and of the
+        # projects that train it so.
+        logits = logits[:, : self.llava.num_own_rows]
         return F.cross_entropy(logits.float(), labels[:, 1:][targets], reduction="sum")
 
     def hidden(self, ids: Tensor, positions: Tensor, lengths: Tensor, pixels: Tensor, packed: bool = False) -> Tensor:

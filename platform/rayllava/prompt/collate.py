@@ -66,7 +66,7 @@ def rehearsal(spec: ProcessorSpec, *, rows: int, positions: int, images: int) ->
     """
     size, run = spec.image_size, spec.num_image_tokens
     positions = max(2, positions)
-    ids = np.full((rows, positions), spec.pad_token_id, dtype=np.int32)
+    ids = np.full((rows, positions), spec.eos_token_id, dtype=np.int32)
     room = (positions - 1) // run
     share = [min(room, images // rows + (row < images % rows)) for row in range(rows)]
     for row, count in zip(ids, share, strict=True):
