@@ -81,7 +81,7 @@ class Frozen(Spec):
 
 
 class TowerLoRA(Spec):
-    """Low-rank adapters on every linear layer of the vision tower."""
+    """Low-rank adapters on the linear layers of the vision tower, in the blocks that its feature layer depends on."""
 
     shorthand: ClassVar[str | None] = "kind"
 

@@ -46,7 +46,7 @@ def model_of(llm: str, tower: str, folder: Path, tokenizer_dir: Path) -> ModelSp
         llm=str(folder / "llm"),
         vision=str(folder / "vision"),
         family=llm,
-        vision_feature_layer=-4 if kind == "intern_vit_6b" else -2,
+        vision_feature_layer={"intern_vit_6b": -4, "internvl_vision": -1}.get(kind, -2),
         vision_feature_select="full" if kind == "siglip" else "default",
         image_size=int(size) if size else None,
     )

@@ -126,7 +126,7 @@ def test_internlm2_is_a_llama_whose_rows_were_grouped_by_key_head(tmp_path: Path
 
 def test_a_family_that_does_not_fit_is_named_with_one_that_does(tmp_path: Path) -> None:
     folder, _ = written("phi3", "clip", tmp_path)
-    with pytest.raises(ValueError, match=r"model.family=vicuna does not fit .* of type phi3; one of phi3 fits"):
+    with pytest.raises(ValueError, match=r"model.family=vicuna does not fit .* of type phi3; use one of phi3"):
         language_model(folder, family="vicuna")
 
 
@@ -149,5 +149,8 @@ def vision(folder: Path) -> Any:
 
 def test_a_strange_tower_is_named_beside_those_there_are(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
-    with pytest.raises(ValueError, match=r"model.vision=.* is of type resnet; there are: clip, .*intern_vit_6b"):
+    with pytest.raises(
+        ValueError,
+        match=r"model.vision=.* is of type resnet, which is no tower here; there are: clip, .*intern_vit_6b",
+    ):
         vision(tmp_path)

@@ -164,3 +164,36 @@ def test_user_defined_pieces_are_tokens_of_their_own(tmp_path: Path) -> None:
     assert spec.stop_token_ids == (2, 513)
     ids = Processor(spec, tmp_path / "out").encode(sample("h:<eoa> Q", "g:A")).ids.tolist()
     assert ids.count(512) == ids.count(513) == 1
+
+
+def tower(folder: Path, **config: object) -> Path:
+    folder.mkdir()
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copyfile(ASSETS / "llava_v15" / "vision" / name, folder / name)
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | config))
+    return folder
+
+
+def seen(vision_dir: Path, out_dir: Path, **model: object) -> tuple[int, int]:
+    """Return the pictures' side and the positions they take."""
+    spec = ModelSpec.model_validate({"llm": "", "vision": "", "family": "vicuna", **model})
+    llm, prompt = ASSETS / "llava_v15" / "llm", PromptSpec(template="vicuna_v1")
+    made = assemble(llm_dir=llm, vision_dir=vision_dir, model=spec, prompt=prompt, out_dir=out_dir)
+    return made.image_size, made.num_image_tokens
+
+
+def test_a_recipe_may_show_the_tower_larger_pictures(tmp_path: Path) -> None:
+    clip = tower(tmp_path / "clip")
+    assert seen(clip, tmp_path / "out") == (56, 16)
+    assert seen(clip, tmp_path / "out", image_size=84) == (84, 36)
+    assert seen(clip, tmp_path / "out", image_size=84, vision_feature_select="full") == (84, 37)
+    with pytest.raises(ValueError, match=r"model.image_size=60 cuts patches of 14 pixels; use 70"):
+        seen(clip, tmp_path / "out", image_size=60)
+
+
+def test_a_tower_without_class_token_has_none_to_drop(tmp_path: Path) -> None:
+    siglip = tower(tmp_path / "siglip", model_type="siglip_vision_model")
+    assert seen(siglip, tmp_path / "out", vision_feature_select="full") == (56, 16)
+    with pytest.raises(ValueError, match=r"model.vision_feature_select=default drops .*siglip lacks; use full"):
+        seen(siglip, tmp_path / "out")

@@ -49,6 +49,12 @@ def tiny(parts: ModelSpec, shards: Path, out: Path, *more: str) -> Recipe:
         ("model.llm={tmp}/none", r"model.llm=.*/none does not exist; give a model folder or a hub id"),
         ("model.llm={tmp}", r"model.llm=.* has no config.json; give a folder that holds a model"),
         ("model.family=gpt5", r"no family 'gpt5'; there are: .*vicuna"),
+        (
+            "model.family=phi3",
+            r"model.family=phi3 does not fit model.llm=.*, which is of type llama; use one of .*vicuna",
+        ),
+        ("model.vision_feature_layer=-9", r"model.vision_feature_layer=-9: the tower has 3 blocks; use -3 to -1"),
+        ("model.image_size=30", r"model.image_size=30 cuts patches of 14 pixels; use 42"),
         ("prompt.template=chatgpt", r"no template 'chatgpt'; there are: .*vicuna_v1"),
         ("scale.workers=6", r"scale.workers=6 is more than the 5 atoms of a step; use at most 5, or lower data.atom"),
         ("data.global_batch=100 data.tail=drop", r"data.tail=drop leaves no step"),

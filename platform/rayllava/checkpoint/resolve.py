@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rayllava.checkpoint.parts import check_parts
 from rayllava.recipe import ModelSpec
 
 
@@ -32,7 +33,9 @@ def local_folder(reference: str, field: str) -> Path:
 
 
 def local_parts(model: ModelSpec) -> ModelSpec:
-    """Return the spec with every part replaced by its local folder."""
-    return model.but(
+    """Return the spec with every part replaced by its local folder; ValueError when they cannot become a model."""
+    model = model.but(
         llm=str(local_folder(model.llm, "model.llm")), vision=str(local_folder(model.vision, "model.vision"))
     )
+    check_parts(model)
+    return model

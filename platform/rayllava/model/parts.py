@@ -8,7 +8,6 @@ No code from a folder is run, and no pickle is opened.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,17 +19,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
+from rayllava.checkpoint.parts import TOWERS, read_llm_config, read_tower_config, weight_files
 from rayllava.checkpoint.remap import REMAPS, remapped
-from rayllava.families import FAMILIES
-
-_TOWERS = {
-    "clip": "CLIPVisionModel",
-    "clip_vision_model": "CLIPVisionModel",
-    "siglip": "SiglipVisionModel",
-    "siglip_vision_model": "SiglipVisionModel",
-    "internvl_vision": "InternVLVisionModel",
-}
-"""Class of a tower by the `model_type` of its folder; a folder that holds a whole CLIP gives its vision half."""
 
 
 def language_model(folder: Path, *, family: str) -> Any:
@@ -38,13 +28,8 @@ def language_model(folder: Path, *, family: str) -> Any:
 
     Raises ValueError when its kind is not the family's, or when its weights are not safetensors.
     """
-    config = _config(folder)
-    kind, plug = config.get("model_type"), FAMILIES[family]
-    if kind not in (plug.model_type, plug.remap):
-        fits = [name for name, other in FAMILIES.items() if kind in (other.model_type, other.remap)]
-        cure = f"one of {', '.join(fits)} fits" if fits else "no family has such a model"
-        raise ValueError(f"model.family={family} does not fit model.llm={folder}, which is of type {kind}; {cure}")
-    if kind in REMAPS:
+    config = read_llm_config(folder, family=family)
+    if config["model_type"] in REMAPS:
         return _translated(folder, config, field="model.llm")
     return _read(transformers.AutoModelForCausalLM, folder, field="model.llm")
 
@@ -54,21 +39,17 @@ def vision_tower(folder: Path, *, size: int) -> Any:
 
     Raises ValueError when there is no such kind of tower here, or when its weights are not safetensors.
     """
-    config = _config(folder)
-    kind = config.get("model_type")
-    if kind in REMAPS:
+    config = read_tower_config(folder)
+    if config["model_type"] in REMAPS:
         tower = _translated(folder, config, field="model.vision")
-    elif kind in _TOWERS:
-        tower = _read(getattr(transformers, _TOWERS[kind]), folder, field="model.vision")
     else:
-        known = ", ".join([*_TOWERS, "intern_vit_6b"])
-        raise ValueError(f"model.vision={folder} is of type {kind}; there are: {known}")
+        tower = _read(getattr(transformers, TOWERS[config["model_type"]]), folder, field="model.vision")
     _resize(tower, size)
     return tower
 
 
 def _read(kind: Any, folder: Path, *, field: str) -> Any:
-    _files(folder, field=field)
+    weight_files(folder, field=field)
     model, report = kind.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
@@ -79,7 +60,7 @@ def _read(kind: Any, folder: Path, *, field: str) -> Any:
 def _translated(folder: Path, config: dict[str, Any], *, field: str) -> Any:
     remap = REMAPS[config["model_type"]]
     kind: Any = getattr(transformers, remap.to)
-    tensors = remapped(remap, config, _stream(_files(folder, field=field)))
+    tensors = remapped(remap, config, _stream(weight_files(folder, field=field)))
     model, report = kind.from_pretrained(
         None,
         config=kind.config_class(**remap.config(config)),
@@ -131,25 +112,9 @@ def _interpolated(table: Tensor, num: int) -> Tensor:
     return torch.cat([head, square.permute(0, 2, 3, 1).reshape(after**2, -1)])
 
 
-def _files(folder: Path, *, field: str) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    raise ValueError(
-        f"{field}={folder} holds no model.safetensors, and pickled weights are not read; "
-        "convert them elsewhere and give that folder"
-    )
-
-
 def _stream(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for path in files:
         with safe_open(path, framework="pt") as file:
             keys = file.keys()
             for key in keys:
                 yield key, file.get_tensor(key)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayllava.checkpoint.parts import feature_depth
 from rayllava.families import Family
 from rayllava.model.quant import quantize
 from rayllava.model.seed import seed_of
@@ -70,20 +71,10 @@ def adapt(llava: Any, tuning: Tuning, family: Family, *, seed: int) -> list[str]
 
 
 def feature_blocks(llava: Any) -> list[nn.Module]:
-    """Return the blocks of the vision tower that its chosen feature layer depends on.
-
-    Hidden state 0 is what enters the first block and -1 what leaves the last one. Raises ValueError when the tower
-    has no such state, or none that a block has touched.
-    """
+    """Return the blocks of the vision tower that its chosen feature layer depends on."""
     encoder = llava.model.vision_tower.encoder
     blocks = list(encoder.layers if hasattr(encoder, "layers") else encoder.layer)
-    layer = llava.config.vision_feature_layer
-    depth = layer if layer >= 0 else len(blocks) + 1 + layer
-    if not 1 <= depth <= len(blocks):
-        raise ValueError(
-            f"model.vision_feature_layer={layer}: the tower has {len(blocks)} blocks; use -{len(blocks)} to -1"
-        )
-    return blocks[:depth]
+    return blocks[: feature_depth(llava.config.vision_feature_layer, len(blocks))]
 
 
 def merge(llava: Any) -> None:

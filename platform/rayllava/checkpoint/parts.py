@@ -1,0 +1,88 @@
+"""What a part's folder holds, judged by its config.json: known before a weight is read.
+
+language model   of the recipe's family, or of a kind that is translated into it
+vision tower     CLIP, SigLIP, InternVL, or InternViT, which is translated
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rayllava.checkpoint.remap import REMAPS
+from rayllava.families import FAMILIES
+from rayllava.recipe import ModelSpec
+
+TOWERS = {
+    "clip": "CLIPVisionModel",
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip": "SiglipVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "internvl_vision": "InternVLVisionModel",
+    "intern_vit_6b": REMAPS["intern_vit_6b"].to,
+}
+"""Class in transformers by `model_type`; a folder that holds a whole CLIP gives its vision half."""
+
+
+def check_parts(model: ModelSpec) -> None:
+    """Raise ValueError when the folders of a model cannot become one; the message names the field and the cure."""
+    llm, vision = Path(model.llm), Path(model.vision)
+    read_llm_config(llm, family=model.family)
+    config = read_tower_config(vision)
+    num_blocks = config.get("vision_config", config).get("num_hidden_layers")
+    if num_blocks is not None:
+        feature_depth(model.vision_feature_layer, num_blocks)
+    weight_files(llm, field="model.llm")
+    weight_files(vision, field="model.vision")
+
+
+def feature_depth(layer: int, num_blocks: int) -> int:
+    """Return how many blocks of a tower its feature layer depends on.
+
+    Hidden state 0 is what enters the first block and -1 what leaves the last one. Raises ValueError when the tower
+    has no such state, or none that a block has touched.
+    """
+    depth = layer if layer >= 0 else num_blocks + 1 + layer
+    if not 1 <= depth <= num_blocks:
+        raise ValueError(
+            f"model.vision_feature_layer={layer}: the tower has {num_blocks} blocks; use -{num_blocks} to -1"
+        )
+    return depth
+
+
+def read_llm_config(folder: Path, *, family: str) -> dict[str, Any]:
+    """Return config.json of a language model; ValueError when its kind is not the family's."""
+    config = _read(folder)
+    kind, plug = config.get("model_type"), FAMILIES[family]
+    if kind not in (plug.model_type, plug.remap):
+        fits = [name for name, other in FAMILIES.items() if kind in (other.model_type, other.remap)]
+        cure = f"use one of {', '.join(fits)}" if fits else "no family has such a model"
+        raise ValueError(f"model.family={family} does not fit model.llm={folder}, which is of type {kind}; {cure}")
+    return config
+
+
+def read_tower_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a vision tower; ValueError when we know no such kind."""
+    config = _read(folder)
+    if config.get("model_type") not in TOWERS:
+        kind, known = config.get("model_type"), ", ".join(TOWERS)
+        raise ValueError(f"model.vision={folder} is of type {kind}, which is no tower here; there are: {known}")
+    return config
+
+
+def weight_files(folder: Path, *, field: str) -> list[Path]:
+    """Return the safetensors files of a part; ValueError when it has none."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    raise ValueError(
+        f"{field}={folder} holds no model.safetensors, and pickled weights are not read; "
+        "convert them elsewhere and give that folder"
+    )
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
