@@ -9,6 +9,7 @@ plan -> atoms of every step         the ledger's, sample by sample
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,7 @@ from rayllava.data.plan import Plan, plan_of
 from rayllava.data.shards import ShardManifest
 from rayllava.place import Place
 
+_READERS = 8
 _NAMED = 10
 """Violations of a kind that are named; all are counted."""
 
@@ -229,8 +231,9 @@ def _verdict(run: Place, entries: list[LedgerEntry], plan: Plan, done: int) -> s
 def _row_keys(shards: ShardManifest) -> pa.Array:
     """Return the key of every row, in row order: see rayllava.data.shards.sample_key."""
     columns = ["source", "line", "copy"]
-    tables = [_read(shards.dir / shard.file, columns) for shard in shards.shards]
-    table = pa.concat_tables(tables).combine_chunks()
+    with ThreadPoolExecutor(_READERS) as pool:
+        tables = pool.map(lambda shard: _read(shards.dir / shard.file, columns), shards.shards)
+        table = pa.concat_tables(tables).combine_chunks()
     source, line, copy = (pc.cast(table[name], pa.string()) for name in columns)
     key = pc.binary_join_element_wise(source, line, ":")
     copied = pc.binary_join_element_wise(key, copy, "#")
@@ -238,7 +241,7 @@ def _row_keys(shards: ShardManifest) -> pa.Array:
 
 
 def _read(place: Place, columns: list[str]) -> pa.Table:
-    return pq.ParquetFile(place.open() if place.remote else place.local).read(columns=columns)
+    return pq.ParquetFile(place.open() if place.remote else place.local, pre_buffer=place.remote).read(columns)
 
 
 def _some(names: Iterable[str]) -> str:
