@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from rayllava import durable
-from rayllava.checkpoint import store
+from rayllava.checkpoint.lease import Lease
+from rayllava.checkpoint.ledger import LedgerEntry
+from rayllava.checkpoint.run import RunManifest, write_run
+from rayllava.checkpoint.saver import Saver
+from rayllava.checkpoint.store import Store, decide
 from rayllava.families import FAMILIES
 from rayllava.model.build import build, initial, lay_over, result
 from rayllava.model.forward import LossModel, tensors
 from rayllava.model.seed import seed_of
 from rayllava.model.tuning import adapt, census, merge, parameter_groups, tune
+from rayllava.place import Place
 from rayllava.recipe import LoRA, ModelSpec, OptimSpec, Projector, QLoRA, Recipe, TowerFull, TowerLoRA, Tuning
 from tests.tiny import processor_spec
 from tests.train.training import batch_of
@@ -211,20 +214,20 @@ def test_projector_and_tower_have_rates_of_their_own(parts: ModelSpec) -> None:
 
 def finished(recipe: Recipe, *, seed: int) -> dict[str, torch.Tensor]:
     """Write a run that is done, with random trained tensors, and return them."""
-    run_dir = Path(recipe.out)
+    run = Place(recipe.out)
     assert recipe.model is not None
     llava = initial(recipe, SPEC)
     names = adapt(llava, recipe.tuning, FAMILY, seed=recipe.seed)
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: p.shape for name, p in llava.named_parameters() if name in names}
     made = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
-    store.write_run(run_dir, store.RunManifest(recipe=recipe, processor=SPEC, shards_digest="", num_steps=3))
-    store.decide(run_dir, world_size=1)
-    folder = store.Store(run_dir).partial(3, 1)
-    folder.mkdir(parents=True)
-    save_file({f"param/{name}": tensor for name, tensor in made.items()}, folder / "state.safetensors")
-    files = {"state.safetensors": durable.digest(folder / "state.safetensors")}
-    store.Store(run_dir).commit(3, attempt=1, world_size=1, files=files, keep=1)
+    write_run(run, RunManifest(recipe=recipe, processor=SPEC, shards_digest="", num_steps=3))
+    with Lease(run) as lease:
+        decide(run, world_size=1, driver=lease.id)
+        saver = Saver(Store(run), attempt=1, rank=0, world_size=1, keep=1)
+        entries = [LedgerEntry(step, 0, 1, 1, {0: ("a",)}) for step in (1, 2, 3)]
+        saver.start(3, {f"param/{name}": tensor for name, tensor in made.items()}, entries)
+        saver.wait()
     return made
 
 
@@ -244,7 +247,7 @@ def test_runs_build_on_runs_of_any_tuning(parts: ModelSpec, tmp_path: Path) -> N
                 scale = scales["vision" if "vision_tower" in name else "llm"]
                 up = trained[f"{path}.lora_B.default.weight"]
                 want[f"{path}.weight"] = want[f"{path}.weight"] + scale * up @ tensor
-    llava, manifest = result(tmp_path / "lora")
+    llava, manifest = result(Place(str(tmp_path / "lora")))
     got = dict(llava.named_parameters())
     assert manifest.recipe == third and got.keys() == want.keys()
     for name in want:

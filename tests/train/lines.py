@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from rayllava.checkpoint import store
-from rayllava.checkpoint.store import Decision, RunManifest
+from rayllava.checkpoint.lease import Lease
+from rayllava.checkpoint.run import Decision, RunManifest, write_decision, write_run
+from rayllava.checkpoint.store import decide
 from rayllava.families import FAMILIES
 from rayllava.model.build import initial, result
 from rayllava.model.forward import LossModel, tensors
+from rayllava.place import Place
 from rayllava.prompt.assemble import assemble
 from rayllava.recipe import PromptSpec, SaveSpec
 from rayllava.train import loop
@@ -49,11 +51,13 @@ def _line(
     made = recipe(model, zero, tuning=tuning).but(out=str(run_dir), prompt=prompt, save=SaveSpec(every=1))
     made = made.but(optim=made.optim.but(warmup=0))
     manifest = RunManifest(recipe=made, processor=processor, shards_digest="", num_steps=STEPS)
-    store.write_run(run_dir, manifest)
-    losses = [_run(manifest, store.decide(run_dir, world_size=1))]
-    again = Decision(attempt=2, checkpoint="step-000001", cursor=1, world_size=1)
-    (run_dir / "attempts" / "2.json").write_text(again.model_dump_json())
-    losses.append(_run(manifest, again))
+    run = Place(str(run_dir))
+    write_run(run, manifest)
+    with Lease(run) as lease:
+        losses = [_run(manifest, decide(run, world_size=1, driver=lease.id))]
+        again = Decision(attempt=2, checkpoint="step-000001", cursor=1, world_size=1, driver=lease.id)
+        write_decision(run, again)
+        losses.append(_run(manifest, again))
     export(run_dir)
     return {
         "losses": losses,
@@ -76,15 +80,15 @@ def _run(manifest: RunManifest, decision: Decision) -> list[float]:
         )
         for step in range(decision.cursor, STEPS)
     )
-    loop.run(manifest, decision, feed, device=CPU)
-    return [entry["loss"] for entry in read_metrics(Path(manifest.recipe.out) / "metrics.jsonl")]
+    loop.run(manifest, decision, feed, device=CPU, largest=(4, 40, 4))
+    return [entry["loss"] for entry in read_metrics(Place(manifest.recipe.out) / "metrics.jsonl")]
 
 
 def _compare(run_dir: Path, manifest: RunManifest) -> dict[str, Any]:
     """Return how far plain transformers is from our forward on what was exported, and that from the beginning."""
     from transformers import LlavaForConditionalGeneration
 
-    trained, _ = result(run_dir)
+    trained, _ = result(Place(str(run_dir)))
     loader: Any = LlavaForConditionalGeneration
     plain, report = loader.from_pretrained(run_dir / "export", output_loading_info=True, dtype=torch.float32)
     given = tensors(batch_of([1, 2], 0, manifest.processor), CPU)
