@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rayllava import durable
 from rayllava.place import Place
 from tests.data.store import bucket
 
@@ -51,6 +52,19 @@ def test_a_finished_file_moves_in_whole(folder: Place, tmp_path: Path) -> None:
     assert [place.name for place in folder.files()] == ["y"]
     with pytest.raises(FileNotFoundError):
         (folder / "x").move(folder / "z")
+
+
+def test_a_streamed_file_is_whole_or_absent(folder: Place) -> None:
+    with (folder / "b/x").new_file() as file:
+        file.write(b"hel")
+        assert not (folder / "b/x").exists()
+        file.write(memoryview(b"lo"))
+    assert (folder / "b/x").read_bytes() == b"hello"
+    assert (folder / "b/x").digest() == durable.digest_bytes(b"hello")
+    with pytest.raises(RuntimeError), (folder / "b/y").new_file() as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert [place.name for place in folder.files()] == ["x"]
 
 
 def test_removing_leaves_nothing_and_may_be_done_twice(folder: Place) -> None:

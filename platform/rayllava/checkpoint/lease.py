@@ -69,34 +69,58 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._remove(self.id)
+        try:
+            self._remove(self.id)
+        except OSError as error:  # what was done under the lease is done; the next driver finds this one gone
+            log.warning("a claim stays in %s: %s", self._dir, error)
 
     def _take(self) -> str:
         """Return the id of the claim by which RUN is held."""
         deadline = time.monotonic() + 2 * self._dead_s
-        while True:
-            claim = _claim()
-            self._place(claim.id, "json").write_bytes(claim.model_dump_json(indent=1).encode() + b"\n")
-            others = {other.id: other for other in self._claims() if other.id != claim.id}
-            states = {id_: self._state(other) for id_, other in others.items()}
-            if all(state == "dead" for state in states.values()):
-                for other in others.values():
-                    log.info("%s was left by pid %d on %s, which is gone", self.run, other.pid, other.host)
-                    self._remove(other.id)
-                self._place(claim.id, "beat").write_bytes(b"0")
-                # Whoever found this process asleep between its claim and its first beat has removed the claim.
-                if self._place(claim.id, "json").is_file():
-                    return claim.id
-                continue
-            self._remove(claim.id)
-            late = time.monotonic() > deadline
-            for id_, state in states.items():
-                if state == "holds" or (late and state == "asks"):
-                    raise ValueError(
-                        f"out={self.run} is being trained by pid {others[id_].pid} on {others[id_].host} since "
-                        f"{others[id_].since}; wait for it, end it, or give another out"
-                    )
-            time.sleep(random.uniform(0.1, 1.0) * min(1.0, self._dead_s / 5))
+        mine: list[str] = []
+        try:
+            while True:
+                late = time.monotonic() > deadline
+                try:
+                    if self._try(mine, late=late):
+                        return mine.pop()
+                except OSError as error:  # a store that is busy, or a claim that went while it was read
+                    if late:
+                        raise
+                    log.warning("%s: %s; asking again", self._dir, error)
+                time.sleep(random.uniform(0.1, 1.0) * min(1.0, self._dead_s / 5))
+        finally:
+            with suppress(OSError):
+                self._withdraw(mine)
+
+    def _try(self, mine: list[str], *, late: bool) -> bool:
+        """Add a claim to `mine` and return whether it holds RUN; otherwise all of them are withdrawn."""
+        claim = _claim()
+        mine.append(claim.id)
+        self._place(claim.id, "json").write_bytes(claim.model_dump_json(indent=1).encode() + b"\n")
+        others = {other.id: other for other in self._claims() if other.id not in mine}
+        states = {id_: self._state(other) for id_, other in others.items()}
+        if all(state == "dead" for state in states.values()):
+            for other in others.values():
+                log.info("%s was left by pid %d on %s, which is gone", self.run, other.pid, other.host)
+                self._remove(other.id)
+            self._place(claim.id, "beat").write_bytes(b"0")
+            # Whoever found this process asleep between its claim and its first beat has removed the claim.
+            if self._place(claim.id, "json").is_file():
+                return True
+        self._withdraw(mine)
+        for id_, state in states.items():
+            if state == "holds" or (late and state == "asks"):
+                raise ValueError(
+                    f"out={self.run} is being trained by pid {others[id_].pid} on {others[id_].host} since "
+                    f"{others[id_].since}; wait for it, end it, or give another out"
+                )
+        return False
+
+    def _withdraw(self, mine: list[str]) -> None:
+        while mine:
+            self._remove(mine[-1])
+            mine.pop()
 
     def _state(self, claim: Claim) -> Literal["dead", "asks", "holds"]:
         """Judge another's claim by what is known of it so far."""
