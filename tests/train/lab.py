@@ -31,16 +31,18 @@ _QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, 
 class Lab:
     """A cluster whose head decodes and whose other nodes train."""
 
-    def __init__(self, folder: Path, *, decoders: int = 2) -> None:
+    def __init__(self, folder: Path, *, decoders: int = 2, path: tuple[Path, ...] = ()) -> None:
+        """`path` is searched for modules first, by every process of the cluster and its drivers."""
         self.folder = folder
         self.decoders = decoders
+        self.path = path
         self.nodes: list[Any] = []
         self.drivers: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
         from ray.cluster_utils import Cluster
 
-        path = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
+        path = os.pathsep.join(map(str, [*self.path, ROOT / "platform", ROOT]))
         # Workers keep the environment in which their node was started.
         self._env = {"PYTHONPATH": path, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
         os.environ.update(self._env)

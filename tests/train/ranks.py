@@ -13,17 +13,26 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_ranks(function: str, world_size: int, argument: Any) -> list[Any]:
+def run_ranks(function: str, world_size: int, argument: Any, *, seconds: float = 300) -> list[Any]:
     """Run `module:function(argument)` on `world_size` gloo ranks and return their JSON results by rank."""
-    codes, outputs = start_ranks(function, world_size, argument)
+    codes, outputs = start_ranks(function, world_size, argument, seconds=seconds)
     assert codes == [0] * world_size, f"ranks ended with {codes}"
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
 def start_ranks(
-    function: str, world_size: int, argument: Any, *, errors: bool = False
+    function: str, world_size: int, argument: Any, *, errors: bool = False, seconds: float = 300
 ) -> tuple[list[int], list[str]]:
     """Run a function as `run_ranks` does; return exit codes and what the ranks printed, on stderr with `errors`."""
+    processes = begin_ranks(function, world_size, argument, errors=errors)
+    outputs = [process.communicate(timeout=seconds)[errors] for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
+def begin_ranks(
+    function: str, world_size: int, argument: Any, *, errors: bool = False
+) -> list[subprocess.Popen[str]]:
+    """Start the ranks of `start_ranks` and return their processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -43,8 +52,7 @@ def start_ranks(
         command = [sys.executable, "-m", "tests.train.ranks", function, json.dumps(argument)]
         pipes = {"stderr" if errors else "stdout": subprocess.PIPE}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes))
-    outputs = [process.communicate(timeout=300)[errors] for process in processes]
-    return [process.returncode for process in processes], outputs
+    return processes
 
 
 def main() -> None:

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from rayllava import recipe
+from rayllava.checkpoint.run import decisions
 from rayllava.place import Place
 from rayllava.recipe import ModelSpec
 from rayllava.train import launch
@@ -181,9 +183,9 @@ def check(out: Path, reference: Path) -> None:
     assert found.verdict.startswith("exactly once: ")
 
 
-def weights_of(out: Path) -> dict[str, object]:
-    tensors: dict[str, object] = {}
-    for path in (out / "checkpoints" / f"step-{STEPS:06d}").glob("*.safetensors"):
+def weights_of(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in (out / "checkpoints" / f"step-{step:06d}").glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             keys = file.keys()
             tensors |= {name: file.get_tensor(name) for name in keys if name.startswith("param/")}
@@ -230,6 +232,33 @@ def test_a_hard_life(
     scene.finish()
     check(out, references("lora", 2))
     assert planned == [0, 0], "a planned change redoes no step"
+
+
+def test_a_run_has_one_truth_when_its_driver_dies_while_a_rank_is_late_with_its_save(
+    parts: ModelSpec, dialogues: Path, tmp_path: Path, references: Callable[[str, int], Path]
+) -> None:
+    """Rank 0 has written its share of step 20 and training has gone on; rank 1 has not when the driver is killed."""
+    out = tmp_path / "run"
+    run = Place(str(out))
+    given = words(parts, dialogues, out, "lora", 2)
+    with Lab(tmp_path, path=(Path(__file__).parent / "late",)) as lab:
+        lab.join()
+        lab.join()
+        scene = Scene(lab, out, given)
+        scene.at(12, world_size=2)
+        second = lab.start("jobs/finetune.py", "tiny.finetune", *given)
+        assert second.wait(timeout=60) == 1
+        said = (tmp_path / "driver-2.log").read_text()
+        assert f"error: out={out} is being trained by pid {scene.driver.pid} on " in said
+        scene.at(23, world_size=2)
+        written = {path.name for path in (out / "checkpoints" / "step-000020").iterdir()}
+        assert written == {"state-1-00000.safetensors", "part-1-00000.json"}, "rank 1 is late"
+        kill_the_driver(scene)
+        scene.finish()
+    decided = decisions(run, {})
+    assert [(one.checkpoint, one.cursor) for one in decided.values()] == [(None, 0), ("step-000010", 10)]
+    assert decided[1].driver != decided[2].driver
+    check(out, references("lora", 2))
 
 
 def redone(out: Path, attempt: int) -> int:

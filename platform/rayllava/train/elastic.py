@@ -14,7 +14,7 @@ import json
 import logging
 import socket
 import time
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import ray
 from ray.train.torch import TorchTrainer
@@ -26,12 +26,12 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from rayllava.place import Place
 from rayllava.recipe import ScaleSpec
-from rayllava.train import signals
+from rayllava.train import signals, spares
 
 log = logging.getLogger(__name__)
 
 _SETTLE_S = 2.0
-"""How long a group below its largest size waits for a node that is just coming."""
+"""How long the first group waits for a node that is just coming when it would be below its largest size."""
 _SAVE_S = 120.0
 """Longest wait for a save before a planned change."""
 _RESTART_S = 20.0
@@ -71,6 +71,9 @@ class Capacity(ElasticScalingPolicy):
         self._said = 0.0
         self._short_since: float | None = None
         self._held_for: set[str] = set()
+        self._spares = spares.Spares()
+        self._group = 0.0  # when the newest group started
+        self._trains = False
 
     # -- without a group ----------------------------------------------------------------------------------
 
@@ -79,7 +82,7 @@ class Capacity(ElasticScalingPolicy):
         self._workers = []
         now = time.monotonic()
         self._idle_since = self._idle_since or now
-        count = self._fit(room(self.scaling_config._resources_per_worker_not_none))
+        count = self._fit(sum(one.workers for one in self._room()))
         idle = now - self._idle_since
         if count < self.scale.min_workers:
             self._short_since = self._short_since or time.time()
@@ -88,7 +91,7 @@ class Capacity(ElasticScalingPolicy):
         if self._short_since:
             self._note_wait(self._short_since, time.time())
             self._short_since = None
-        if count < self.scale.max_workers and idle < _SETTLE_S:
+        if count < self.scale.max_workers and idle < _SETTLE_S and not self._group:
             time.sleep(0.2)
             return NoopDecision()
         self._idle_since = None
@@ -124,8 +127,10 @@ class Capacity(ElasticScalingPolicy):
         self._idle_since = None
         current = worker_group_state.num_workers
         going = draining()
-        count = self._fit(room(self.scaling_config._resources_per_worker_not_none))
         ours = {worker.metadata.node_id for worker in self._workers}
+        there = self._room()
+        self._prepare(worker_group_state.start_time, there)
+        count = self._fit(sum(one.workers for one in there if one.node in ours or self._spares.ready(one.node)))
         leaving = {node: deadline for node, deadline in going.items() if node in ours}
         if leaving:
             if count >= self.scale.min_workers:
@@ -155,6 +160,22 @@ class Capacity(ElasticScalingPolicy):
             log.warning("the group could not save before its replacement: %s", str(error).splitlines()[0])
         self._workers = []
 
+    def _prepare(self, born: float, there: list[Room]) -> None:
+        """Have processes ready for the next group, once this one, which started at `born`, trains."""
+        if born != self._group:
+            self._group = born
+            self._spares.taken(worker.metadata.node_id for worker in self._workers)
+            self._trains = False
+        if not self._trains:
+            try:
+                self._trains = self._look().step_seconds > 0
+                self._spares.identity = ray.get(self._workers[0].execute_async(spares.identity), timeout=10)
+            except (ray.exceptions.RayError, TimeoutError):
+                return
+        if self._trains:
+            for one in there:
+                self._spares.keep(one.node, one.address, min(one.workers, self.scale.max_workers))
+
     def _look(self) -> signals.Progress:
         return ray.get(self._workers[0].execute_async(signals.look), timeout=10)
 
@@ -174,6 +195,9 @@ class Capacity(ElasticScalingPolicy):
         if time.time() > ends - _MARGIN_S and not leaving.keys() <= self._held_for:
             self._held_for |= leaving.keys()
             self._workers[0].execute_async(signals.ask)
+
+    def _room(self) -> list[Room]:
+        return room(self.scaling_config._resources_per_worker_not_none)
 
     def _fit(self, count: int) -> int:
         return min(count, self.scale.max_workers)
@@ -222,16 +246,28 @@ def draining() -> dict[str, int]:
     return dict(ray._private.state.state.get_draining_nodes() or {})
 
 
-def room(resources: dict[str, float]) -> int:
-    """Return how many workers of these resources the nodes that stay could hold, were they empty."""
+class Room(NamedTuple):
+    """A node that stays."""
+
+    node: str
+    """Its id."""
+    address: str
+    """Of its raylet."""
+    workers: int
+    """How many it could hold, were it empty."""
+
+
+def room(resources: dict[str, float]) -> list[Room]:
+    """Return where there is room for workers of these resources."""
     going = draining()
-    total = 0
+    found = []
     for node in ray.nodes():
         if node["Alive"] and node["NodeID"] not in going:
             fits = [node["Resources"].get(name, 0.0) // need for name, need in resources.items() if need > 0]
             if min(fits) and _answers(node):
-                total += int(min(fits))
-    return total
+                address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+                found.append(Room(node["NodeID"], address, int(min(fits))))
+    return found
 
 
 def _answers(node: dict[str, Any]) -> bool:

@@ -34,7 +34,7 @@ from rayllava.data.stream import StreamSpec
 from rayllava.place import Place
 from rayllava.prompt.assemble import assemble
 from rayllava.recipe import Recipe, load
-from rayllava.train import goodput
+from rayllava.train import goodput, spares
 from rayllava.train.elastic import ElasticTrainer
 from rayllava.train.meter import Watch
 
@@ -127,6 +127,7 @@ def _train(manifest: RunManifest, *, driver: str) -> RunManifest:
             name=f"driver-{time.time_ns()}",
             storage_path=str(run_dir / "ray"),
             failure_config=FailureConfig(max_failures=-1),  # rayllava.train.elastic decides
+            worker_runtime_env=spares.runtime_env(recipe.tuning),  # type: ignore[call-arg]  # as above
         ),
         datasets={"train": ray.data.range(1)},
         dataset_config=AttemptFeed(run_dir, driver),
