@@ -67,6 +67,38 @@ def test_a_streamed_file_is_whole_or_absent(folder: Place) -> None:
     assert [place.name for place in folder.files()] == ["x"]
 
 
+def test_a_folder_moves_in_whole_and_replaces_what_was_there(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    take = Place.take
+
+    def slow(place: Place, path: Path) -> None:
+        seen.append(sorted(made.stamps()))
+        take(place, path)
+
+    monkeypatch.setattr(Place, "take", slow)  # what a reader of the store finds between two files
+    made = folder / "made"
+    for names in (("a", "manifest.json", "b/z"), ("manifest.json", "c")):
+        with folder.scratch() as scratch:
+            for name in names:
+                (Place(str(scratch / "made")) / name).write_bytes(str(names).encode())
+            made.take_dir(scratch / "made", last="manifest.json")
+        assert sorted(made.stamps()) == sorted(names)
+        assert (made / "manifest.json").read_bytes() == str(names).encode()
+    assert not any("manifest.json" in names for names in seen), "a folder that is being replaced must not count"
+    assert len(seen) == (5 if folder.remote else 0)
+
+
+def test_stamps_tell_a_changed_file(folder: Place) -> None:
+    for name in ("a", "b/c", ".hidden"):
+        (folder / name).write_bytes(b"x")
+    before = folder.stamps()
+    assert list(before) == ["a", "b/c"] and {size for size, _ in before.values()} == {1}
+    (folder / "a").write_bytes(b"xy")
+    assert folder.stamps()["a"] != before["a"] and folder.stamps()["b/c"] == before["b/c"]
+
+
 def test_removing_leaves_nothing_and_may_be_done_twice(folder: Place) -> None:
     (folder / "b/c").write_bytes(b"x")
     for _ in range(2):

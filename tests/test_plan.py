@@ -23,6 +23,7 @@ LAYERS = [
     ["train", "generate"],
     ["data", "model"],
     ["checkpoint", "prompt", "recipes"],
+    ["copies"],
     ["families", "fetch", "place"],
     ["records", "recipe", "shelf", "log", "durable", "progress"],
     ["spec"],

@@ -60,19 +60,24 @@ def new_dir(path: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        files = [file for file in sorted(beside.rglob("*")) if file.is_file()]
-        if len(files) > _MANY:
-            os.sync()
-        else:
-            for file in files:
-                sync_file(file)
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if path.exists():
-            path.rename(old)
-        beside.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        take_dir(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def take_dir(beside: Path, path: Path) -> None:
+    """Replace the folder `path` by a finished one on the same disk, once all that is in it is flushed."""
+    files = [file for file in sorted(beside.rglob("*")) if file.is_file()]
+    if len(files) > _MANY:
+        os.sync()
+    else:
+        for file in files:
+            sync_file(file)
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.exists():
+        path.rename(old)
+    beside.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
     sync_dir(path.parent)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -92,17 +93,25 @@ class Place:
 
     def files(self, suffixes: tuple[str, ...] = ()) -> list[Self]:
         """Return the files of a folder, those of its folders too, in the order of their names."""
+        return [self / name for name in self.stamps() if not suffixes or name.lower().endswith(suffixes)]
+
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """Return size and time of change (ns) of every file that `files` lists, by its path from here."""
+        found: dict[str, tuple[int, int]] = {}
         if not self.remote:
-            paths = [Path(folder, name) for folder, _, names in os.walk(self.local, onerror=_heard) for name in names]
-            names = [str(path.relative_to(self.local)) for path in paths if path.is_file()]
+            for folder, _, names in os.walk(self.local, onerror=_heard):
+                for file in (Path(folder, name) for name in names):
+                    if file.is_file():
+                        said = file.stat()
+                        found[str(file.relative_to(self.local))] = (said.st_size, said.st_mtime_ns)
         else:
             from pyarrow.fs import FileSelector
 
             system, path = _system(self.text)
             infos = system.get_file_info(FileSelector(path, recursive=True, allow_not_found=True))
-            names = [info.path[len(path.rstrip("/")) + 1 :] for info in infos if info.is_file]
-        kept = [name for name in names if not suffixes or name.lower().endswith(suffixes)]
-        return [self / name for name in sorted(kept) if not any(part.startswith(".") for part in name.split("/"))]
+            start = len(path.rstrip("/")) + 1
+            found = {info.path[start:]: (info.size, info.mtime_ns or 0) for info in infos if info.is_file}
+        return {name: found[name] for name in sorted(found) if not re.search(r"(^|/)\.", name)}
 
     def open(self) -> BufferedReader:
         """Open a file for reading at any position; in a store it is pyarrow's file, which reads alike."""
@@ -170,6 +179,21 @@ class Place:
         system, target = _system(self.text)
         copy_files(str(path.absolute()), target, LocalFileSystem(), system, chunk_size=_PIECE)
         path.unlink()
+
+    def take_dir(self, path: Path, *, last: str) -> None:
+        """Replace this folder by a finished local one; a reader sees the old one, none, or the whole new one.
+
+        A store knows no folders: there it exists while it holds its file `last`, which goes first and comes last.
+        """
+        if not self.remote:
+            durable.take_dir(path, self.local)
+            return
+        (self / last).remove()
+        new = Place(str(path)).stamps()
+        for name in self.stamps().keys() - new.keys():
+            (self / name).remove()
+        for name in sorted(new, key=lambda name: name == last):
+            (self / name).take(path / name)
 
     def move(self, target: Place) -> None:
         """Move a file to another place on the same disk or in the same store."""

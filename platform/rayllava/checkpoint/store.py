@@ -11,21 +11,15 @@ the attempt, so what an earlier one left behind collides with nothing; only the 
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import re
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from rayllava import durable
+from rayllava import copies, durable
 from rayllava.checkpoint.lease import check_held
 from rayllava.checkpoint.ledger import Link
 from rayllava.checkpoint.run import Decision, decisions, fence, new_attempt, write_decision
@@ -123,8 +117,8 @@ class Store:
     def fetch(self, name: str) -> Path:
         """Return a local folder with the manifest and the files of a checkpoint that `latest` has found whole.
 
-        On a disk it is the folder itself. Out of an object store it is copied once a node, under the system's
-        folder for temporary files; the copy is whole and digested, or absent. Raises StoreError.
+        On a disk it is the folder itself. Out of an object store it is copied once a node (rayllava.copies); a copy
+        is digested. Raises StoreError.
         """
         folder = self.dir / name
         if not folder.remote:
@@ -132,18 +126,8 @@ class Store:
                 raise StoreError(f"{folder} is not seen here; RUN must lie where all workers can read it")
             return folder.local
         content = (folder / MANIFEST).read_bytes()
-        cache = _cache(self.run)
-        target = cache / f"{name}.{durable.digest_bytes(content)[:16]}"
-        with _locked(cache / "lock"):
-            if not target.is_dir():
-                for old in cache.glob("*step-*"):  # older checkpoints, and what a killed copy left
-                    shutil.rmtree(old, ignore_errors=True)
-                began = time.monotonic()
-                with durable.new_dir(target) as partial:
-                    (partial / MANIFEST).write_bytes(content)
-                    _copy_files(folder, read_checkpoint(Place(str(partial))), partial)
-                log.info("copied %s to %s in %.1f s", folder, target, time.monotonic() - began)
-        return target
+        version = f"{name}.{durable.digest_bytes(content)[:16]}"
+        return copies.copy_of(self.dir.text, version, lambda target: _copy(folder, content, target))
 
     def prune(self, keep: int) -> None:
         """Keep the newest `keep` checkpoints; for rank 0, after its commit.
@@ -257,35 +241,11 @@ def _digest(place: Place) -> str:
         raise _Torn(f"{place.name} cannot be read ({error.strerror or error})") from error
 
 
-# -- copies on a node ----------------------------------------------------------------------------------------
-
-
-def _copy_files(folder: Place, manifest: CheckpointManifest, target: Path) -> None:
-    def copy(name: str) -> str:
-        with (folder / name).open() as source, (target / name).open("wb") as file:
-            shutil.copyfileobj(source, file, 8 << 20)
-        return durable.digest(target / name)
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        for (name, expected), found in zip(manifest.files.items(), pool.map(copy, manifest.files), strict=True):
-            if found != expected:
-                raise StoreError(f"{folder / name} does not match its digest")
-
-
-def _cache(run: Place) -> Path:
-    """Return this user's folder for copies of a run's checkpoints, which nobody else can write."""
-    mine = Path(tempfile.gettempdir()) / f"rayllava-{os.getuid()}"
-    mine.mkdir(mode=0o700, exist_ok=True)
-    if mine.stat().st_uid != os.getuid() or mine.is_symlink():
-        raise StoreError(f"{mine} belongs to somebody else; remove it, or set TMPDIR")
-    folder = mine / durable.digest_bytes(run.text.encode())[:16]
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Be alone on this node inside the block; the lock goes with the process."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _copy(folder: Place, content: bytes, target: Path) -> None:
+    """Copy a checkpoint whose manifest has this content; StoreError when a file is not what it says."""
+    (target / MANIFEST).write_bytes(content)
+    manifest, stamps = read_checkpoint(Place(str(target))), folder.stamps()
+    copies.fetch(folder, {name: stamps.get(name, (0, 0))[0] for name in manifest.files}, target)
+    for name, expected in manifest.files.items():
+        if durable.digest(target / name) != expected:
+            raise StoreError(f"{folder / name} does not match its digest")
