@@ -3,9 +3,9 @@
   python jobs/chat.py runs/finetune --image cat.jpg --prompt "What is this?"
   python jobs/chat.py http://127.0.0.1:8000/v1 --image cat.jpg
 
-MODEL is RUN, RUN/export or another folder with manifest.json, or the address of an OpenAI-compatible endpoint.
-Without --prompt it reads questions from the terminal until the input ends, all in one dialogue. An endpoint's
-key is read from where the openai client reads it.
+MODEL is RUN, RUN/export or another folder with manifest.json, on a disk or in a store (s3://...), or the address
+of an OpenAI-compatible endpoint. Without --prompt it reads questions from the terminal until the input ends, all in
+one dialogue. An endpoint's key is read from where the openai client reads it.
 
 fields: quant=none|nf4|int8   device=auto|cpu|cuda   threads=N   max_new_tokens=N   temperature=T
 """
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         return
     image = Path(words.image).read_bytes()
     served = words.model.startswith(("http://", "https://"))
-    ask = endpoint(words.model, spec) if served else folder(Path(words.model), spec)
+    ask = endpoint(words.model, spec) if served else folder(words.model, spec)
     turns: tuple[Turn, ...] = ()
     for question in [words.prompt] if words.prompt else _questions():
         turns += (Turn("user", question if turns else f"{IMAGE_MARK}\n{question}"),)

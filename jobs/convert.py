@@ -3,8 +3,8 @@
   python jobs/convert.py runs/finetune/export runs/finetune-hf --to hf
   python jobs/convert.py llava-1.5-7b-hf runs/llava-1.5-7b --to hf template=vicuna_v1 aspect=pad
 
-SRC is RUN, RUN/export or a Hugging Face LLaVA folder; its layout is found by looking inside. A folder without
-our manifest.json does not say how it is asked: add template=NAME.
+SRC is RUN, RUN/export or a Hugging Face LLaVA folder, on a disk or in a store (s3://...); its layout is found by
+looking inside. A folder without our manifest.json does not say how it is asked: add template=NAME.
 DST/proof.json holds what was compared. The exit code is 0 only if everything agreed.
 
 fields: template=NAME   aspect=pad|crop   family=NAME   dtype=float32|bfloat16|float16
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     if words.dry_run:
         print(json.dumps({"src": words.src, "dst": words.dst, "to": words.to} | spec.model_dump(), indent=1))
         return
-    proof = convert(Path(words.src), Path(words.dst), to=words.to, spec=spec)
+    proof = convert(words.src, Path(words.dst), to=words.to, spec=spec)
     same = "bit-equal" if proof["bit_equal"] else "NOT EQUAL"
     print(f"{proof['num_tensors']} tensors, {same}, {proof['dtype']}")
     for name, diff in proof["max_abs_logit_diff"].items():

@@ -4,6 +4,7 @@
   ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- \\
       python jobs/evaluate.py /data/runs/finetune_7b/export --data /data/eval --out /data/scores engines=8
 
+MODEL is RUN, RUN/export or a folder of jobs/convert.py, on a disk or in a store.
 DATA is LLaVA's playground/data/eval: DATA/pope, DATA/textvqa, ... as its evaluation guide fills them.
 OUT gets BENCHMARK/predictions.jsonl and score.json, and scores.json. The same command run again asks only
 what has no answer yet.
@@ -34,14 +35,14 @@ def main(argv: list[str]) -> None:
     spec = override(EngineSpec(), words.fields)
     only = words.only.split(",") if words.only else list(BENCHMARKS)
     profiles = {key: BENCHMARKS[key].profile for key in only}
-    model_dir, data_dir, out_dir = (Path(driver.absolute(path)) for path in (words.model, words.data, words.out))
+    model, data_dir, out_dir = driver.absolute(words.model), Path(words.data).absolute(), Path(words.out).absolute()
     if words.dry_run:
-        plan = {"model": str(model_dir), "only": profiles, "data": str(data_dir), "out": str(out_dir)}
+        plan = {"model": model, "only": profiles, "data": str(data_dir), "out": str(out_dir)}
         print(json.dumps(plan | spec.model_dump(), indent=1))
         return
     with driver.connect(words.address, num_cpus=spec.engines * spec.threads):
         scores = evaluate(
-            model_dir,
+            model,
             only=only,
             data_dir=data_dir,
             out_dir=out_dir,

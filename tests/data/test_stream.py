@@ -100,7 +100,7 @@ def test_a_disturbed_run_computes_what_an_undisturbed_one_does(
     if number % 4 == 0:
         data["max_tokens"] = 512
         lengths = str(tmp_path / "lengths.npy")
-        measure(ShardManifest.load(dialogues), processor[0], Path(processor[1]), Path(lengths))
+        measure(ShardManifest.load(dialogues), processor[0], Place(processor[1]), Place(lengths))
     spec = spec_of(str(dialogues), processor, data=data, seed=number, lengths=lengths)
     whole = undisturbed(spec)
     plan = Desk.open(spec).plan
@@ -154,7 +154,7 @@ def test_measured_lengths_are_those_of_the_batches(
     dialogues: Path, processor: tuple[ProcessorSpec, str], tmp_path: Path
 ) -> None:
     path = tmp_path / "lengths.npy"
-    measure(ShardManifest.load(dialogues), processor[0], Path(processor[1]), path)
+    measure(ShardManifest.load(dialogues), processor[0], Place(processor[1]), Place(str(path)))
     lengths = np.load(path)
     desk = Desk.open(spec_of(str(dialogues), processor))
     samples = desk.reader.read(range(60))

@@ -58,7 +58,7 @@ def _line(
         again = Decision(attempt=2, checkpoint="step-000001", cursor=1, world_size=1, driver=lease.id)
         write_decision(run, again)
         losses.append(_run(manifest, again))
-    export(run_dir)
+    export(run)
     return {
         "losses": losses,
         "norm": float(processor.image_mean[0]),

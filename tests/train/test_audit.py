@@ -92,7 +92,7 @@ def begin(
     words = DataSpec(**({"shards": str(shards.dir), "global_batch": 8, "atom": 3} | data))
     lengths = ""
     if words.max_tokens:
-        found = [lengths_of(shards, n, processor[0], Path(processor[1])) for n in range(len(shards.shards))]
+        found = [lengths_of(shards, n, processor[0], Place(processor[1])) for n in range(len(shards.shards))]
         np.save(run.local / "lengths.npy", np.concatenate(found))
         lengths = str(run.local / "lengths.npy")
     spec = StreamSpec(

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from rayllava import durable
+from rayllava import copies, durable
+from rayllava.place import Place
 from rayllava.recipe import ProcessorSpec
 from rayllava.spec import Spec
 
@@ -67,6 +68,20 @@ def export_dir(folder: Path) -> Path:
     """Return the model's folder that `folder` means: RUN/export of a training run, else itself."""
     inner = folder / "export"
     return inner if (inner / "config.json").is_file() and not (folder / "config.json").is_file() else folder
+
+
+def local_model(reference: str, *, field: str = "MODEL") -> Path:
+    """Return the folder of the model that a person names: RUN, RUN/export or a model's folder, as `export_dir`.
+
+    One in a store is copied once a node (rayllava.copies); ValueError when there is none.
+    """
+    place = Place(reference)
+    if not place.remote:
+        return export_dir(place.local)
+    for folder in (place, place / "export"):
+        if (folder / "config.json").is_file():
+            return copies.local(folder)
+    raise ValueError(f"{field}={place} holds no model; give one that does, or a run that is finished")
 
 
 def write_model_manifest(folder: Path, manifest: ModelManifest) -> None:

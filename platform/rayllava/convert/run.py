@@ -12,7 +12,7 @@ import torch
 
 from rayllava import durable
 from rayllava.checkpoint.layouts import LAYOUTS, StoredModel, detect
-from rayllava.checkpoint.manifest import ModelManifest, export_dir, read_model_manifest
+from rayllava.checkpoint.manifest import ModelManifest, local_model, read_model_manifest
 from rayllava.convert import prove
 from rayllava.families import FAMILIES
 from rayllava.generate.load import dtype_of
@@ -35,7 +35,7 @@ class ConvertSpec(Spec):
     """Of the written tensors; empty: as they are."""
 
 
-def convert(src: Path, dst: Path, *, to: str, spec: ConvertSpec | None = None) -> dict[str, Any]:
+def convert(src: Path | str, dst: Path, *, to: str, spec: ConvertSpec | None = None) -> dict[str, Any]:
     """Write the model in `src` to `dst` in another layout and return the proof, which dst/proof.json holds too.
 
     The proof's `proved` says whether `dst` may be relied on.
@@ -44,7 +44,7 @@ def convert(src: Path, dst: Path, *, to: str, spec: ConvertSpec | None = None) -
     spec = spec or ConvertSpec()
     if to not in LAYOUTS:
         raise ValueError(f"to={to} cannot be written yet; there is: {', '.join(LAYOUTS)}")
-    src = export_dir(src)
+    src = local_model(str(src), field="SRC")
     layout = detect(src, field="SRC")
     _check_free(dst, src)
     stored = LAYOUTS[layout].read(src)

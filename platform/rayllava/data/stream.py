@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from rayllava import copies
 from rayllava.data.plan import GROUP, WINDOW, Atom, Plan, plan_of
 from rayllava.data.shards import ShardManifest, ShardReader
 from rayllava.place import Place
@@ -47,6 +47,7 @@ class StreamSpec(Spec):
     seed: int
     processor: ProcessorSpec
     tokenizer_dir: str
+    """On a disk or in a store."""
     lengths: str = ""
     """File of exact lengths, which packing needs; see rayllava.data.measure."""
     attempt: int = 1
@@ -171,7 +172,7 @@ class Desk:
         self.reader = ShardReader(spec.shards, num_groups=WINDOW + grouped)
         assert self.reader.manifest.digest == spec.shards_digest, f"{spec.shards} changed during the run"
         self.plan = open_plan(spec, self.reader.manifest)
-        self.processor = Processor(spec.processor, Path(spec.tokenizer_dir))
+        self.processor = Processor(spec.processor, copies.local(Place(spec.tokenizer_dir)))
 
     @staticmethod
     def open(spec: StreamSpec) -> Desk:

@@ -20,9 +20,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rayllava import durable
+from rayllava.checkpoint.manifest import local_model
 from rayllava.evals.benchmark import BENCHMARKS, Benchmark, Item
 from rayllava.evals.fleet import Chunk, Engine, Fleet, Load
 from rayllava.evals.run import Journal, claim, model_digest, score_json, score_run
+from rayllava.place import Place
 from rayllava.progress import Progress
 from rayllava.records import Prediction, Score
 from rayllava.spec import Spec
@@ -48,7 +50,7 @@ class EngineSpec(Spec):
 
 
 def evaluate(
-    model_dir: Path,
+    model: Path | str,
     *,
     only: list[str],
     data_dir: Path,
@@ -71,8 +73,9 @@ def evaluate(
     durable.check_writable(out_dir)
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
-    load = load or partial(_load, str(model_dir), quant=quant, device=device, threads=threads)
-    owner = {"model": str(model_dir), "model_digest": model_digest(model_dir), "quant": quant}
+    load = load or partial(_load, str(model), quant=quant, device=device, threads=threads)
+    digest = model_digest(local_model(str(model)))
+    owner = {"model": str(Place(str(model))), "model_digest": digest, "quant": quant}
     with ExitStack() as stack:
         round_ = _Round(only, data_dir, out_dir, owner, stack)
         with round_.fence():
@@ -87,10 +90,10 @@ def evaluate(
     return {key: round_.scores[key] for key in only}
 
 
-def _load(model_dir: str, *, quant: str, device: str, threads: int) -> Engine:
+def _load(model: str, *, quant: str, device: str, threads: int) -> Engine:
     from rayllava.generate.load import load_engine
 
-    return load_engine(Path(model_dir), quant=quant, device=device, threads=threads)
+    return load_engine(model, quant=quant, device=device, threads=threads)
 
 
 class _Round:

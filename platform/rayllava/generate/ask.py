@@ -1,6 +1,6 @@
 """Somebody to put a question to: a model in this process, or an endpoint that speaks OpenAI's language.
 
-ask = folder(Path("runs/finetune"), spec)  or  endpoint("http://127.0.0.1:8000", spec)
+ask = folder("runs/finetune", spec)  or  endpoint("http://127.0.0.1:8000", spec)
 for piece in ask(turns, images): ...
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -34,7 +33,7 @@ class AskSpec(Spec):
     """0 is greedy."""
 
 
-def folder(model_dir: Path, spec: AskSpec) -> Ask:
+def folder(model: str, spec: AskSpec) -> Ask:
     """Load a model into this process."""
     import torch
 
@@ -43,7 +42,7 @@ def folder(model_dir: Path, spec: AskSpec) -> Ask:
     device = spec.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    engine = load_engine(model_dir, quant=spec.quant, device=device, threads=spec.threads, max_batch=1)
+    engine = load_engine(model, quant=spec.quant, device=device, threads=spec.threads, max_batch=1)
 
     def ask(turns: tuple[Turn, ...], images: tuple[bytes, ...]) -> Iterator[str]:
         request = Request("ask", turns, images, max_new_tokens=spec.max_new_tokens, temperature=spec.temperature)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from rayllava.checkpoint.layouts import LAYOUTS
-from rayllava.checkpoint.manifest import export_dir, read_model_manifest
+from rayllava.checkpoint.manifest import local_model, read_model_manifest
 from rayllava.generate.engine import Engine
 from rayllava.model.quant import check_quant, quantize
 from rayllava.model.restore import restore
@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_engine(
-    model_dir: Path,
+    model: Path | str,
     *,
     quant: str = "none",
     device: str = "cpu",
@@ -30,22 +30,22 @@ def load_engine(
 ) -> Engine:
     """Return an engine for RUN/export, for RUN, or for a folder that `jobs/convert.py` wrote.
 
-    Without `dtype` the model computes in float32 on the CPU and in bfloat16 elsewhere. `threads` sets the torch
-    threads of the whole process.
+    `model` is a path, or an address in a store. Without `dtype` the model computes in float32 on the CPU and in
+    bfloat16 elsewhere. `threads` sets the torch threads of the whole process.
     """
     check_quant(quant)
     place = _device(device)
     number = dtype_of(dtype) if dtype else torch.float32 if place.type == "cpu" else torch.bfloat16
-    folder = export_dir(model_dir)
+    folder = local_model(str(model))
     manifest = read_model_manifest(folder)
     if threads:
         torch.set_num_threads(threads)
     stored = LAYOUTS[manifest.layout].read(folder)
-    model = restore(stored, dtype=number)
-    quantize(model, quant, device=place)  # type: ignore[arg-type]
-    model.to(place)
+    llava = restore(stored, dtype=number)
+    quantize(llava, quant, device=place)  # type: ignore[arg-type]
+    llava.to(place)
     log.info("loaded %s: quant=%s, %s on %s", folder, quant, str(number).removeprefix("torch."), place)
-    return Engine(model, Processor(manifest.processor, stored.tokenizer_dir), max_batch=max_batch)
+    return Engine(llava, Processor(manifest.processor, stored.tokenizer_dir), max_batch=max_batch)
 
 
 def dtype_of(name: str) -> torch.dtype:

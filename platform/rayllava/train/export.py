@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 
 import torch
 
+from rayllava import copies
 from rayllava.checkpoint.layouts import LAYOUTS, StoredModel
 from rayllava.checkpoint.manifest import ModelManifest
 from rayllava.families import FAMILIES
@@ -18,22 +18,29 @@ from rayllava.recipe import ProcessorSpec
 log = logging.getLogger(__name__)
 
 
-def export(run_dir: Path) -> ModelManifest:
-    """Write the model that a run trained, in the run's compute type, to RUN/export."""
-    llava, run = result(Place(str(run_dir)))
-    assert run.recipe.model is not None
-    family = run.recipe.model.family
-    stored = StoredModel.of(llava, run_dir / "tokenizer").cast(getattr(torch, run.recipe.scale.dtype))
+def export(run: Place) -> ModelManifest:
+    """Write the model that a run trained, in the run's compute type, to RUN/export.
+
+    For a run in a store it is written on this node first, and its manifest put last.
+    """
+    llava, trained = result(run)
+    assert trained.recipe.model is not None
+    family = trained.recipe.model.family
+    tokenizer_dir = copies.local(run / "tokenizer")
+    stored = StoredModel.of(llava, tokenizer_dir).cast(getattr(torch, trained.recipe.scale.dtype))
     manifest = ModelManifest(
-        processor=answering(run.processor, family),
+        processor=answering(trained.processor, family),
         family=family,
-        source=str(run_dir),
-        recipe=run.recipe.model_dump(mode="json"),
-        step=run.num_steps,
+        source=str(run),
+        recipe=trained.recipe.model_dump(mode="json"),
+        step=trained.num_steps,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        versions=run.versions,
+        versions=trained.versions,
     )
-    return LAYOUTS["hf"].write(run_dir / "export", stored, manifest)
+    with run.scratch() as folder:
+        manifest = LAYOUTS["hf"].write(folder / "export", stored, manifest)
+        (run / "export").take_dir(folder / "export", last="manifest.json")
+    return manifest
 
 
 def answering(processor: ProcessorSpec, family: str) -> ProcessorSpec:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ import ray.train
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
-from rayllava import durable, versions
 from rayllava import log as log_
+from rayllava import versions
 from rayllava.checkpoint import run as runs
 from rayllava.checkpoint import store
 from rayllava.checkpoint.lease import Lease
@@ -64,20 +65,21 @@ def prepare(recipe: Recipe) -> RunManifest:
     plan = Plan.of(shards, recipe.data.but(max_tokens=None), seed=recipe.seed)
     if not packs:  # how many atoms a packed step has is known once the lengths are measured
         plan.check_workers(recipe.scale.max_workers)
-    run_dir = Path(recipe.out)
-    durable.check_writable(run_dir)
-    if (run_dir / "manifest.json").exists():
+    run = Place(recipe.out)
+    run.check_writable()
+    if (run / "manifest.json").exists():
         if not recipe.fresh:
-            return _continued(recipe, shards, run_dir)
-        _clear(run_dir)
-    with durable.new_dir(run_dir / "tokenizer") as folder:
+            return _continued(recipe, shards, run)
+        _clear(run)
+    with run.scratch() as folder:
         processor = assemble(
             llm_dir=Path(recipe.model.llm),
             vision_dir=Path(recipe.model.vision),
             model=recipe.model,
             prompt=recipe.prompt,
-            out_dir=folder,
+            out_dir=folder / "tokenizer",
         )
+        (run / "tokenizer").take_dir(folder / "tokenizer", last="tokenizer_config.json")
     manifest = RunManifest(
         recipe=recipe,
         processor=processor,
@@ -86,7 +88,7 @@ def prepare(recipe: Recipe) -> RunManifest:
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         versions=versions(),
     )
-    runs.write_run(Place(recipe.out), manifest)
+    runs.write_run(run, manifest)
     return manifest
 
 
@@ -102,44 +104,44 @@ def train(manifest: RunManifest) -> RunManifest:
 
 def _train(manifest: RunManifest, *, driver: str) -> RunManifest:
     recipe = manifest.recipe
-    run_dir = Path(recipe.out)
+    run = Place(recipe.out)
     use_gpu = _use_gpu(recipe)
     scale = recipe.scale
     if recipe.data.max_tokens is not None:
         shards = ShardManifest.load(recipe.data.shards)
-        measure(shards, manifest.processor, run_dir / "tokenizer", run_dir / LENGTHS)
+        measure(shards, manifest.processor, run / "tokenizer", run / LENGTHS)
         stream.Desk.open(stream_spec(manifest)).plan.check_workers(scale.max_workers)
     os.environ.update(_RAY)
-    trainer = ElasticTrainer(
-        _worker,
-        scale=scale,
-        run=Place(recipe.out),
-        train_loop_config={"run_dir": str(run_dir), "driver": driver},
-        # A hang is for our own watchdog to name, before the process group gives up without a name.
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(2 * scale.hang_s) + 60),
-        scaling_config=ScalingConfig(
-            num_workers=(scale.min_workers, scale.max_workers),  # type: ignore[arg-type]  # as above
-            use_gpu=use_gpu,
-            resources_per_worker=scale.resources | ({"GPU": 1.0} if use_gpu else {}) if scale.resources else None,
-        ),
-        # Ray Train's own notion of checkpoints is never used, so each driver gets a name of its own.
-        run_config=RunConfig(
-            name=f"driver-{time.time_ns()}",
-            storage_path=str(run_dir / "ray"),
-            failure_config=FailureConfig(max_failures=-1),  # rayllava.train.elastic decides
-            worker_runtime_env=spares.runtime_env(recipe.tuning),  # type: ignore[call-arg]  # as above
-        ),
-        datasets={"train": ray.data.range(1)},
-        dataset_config=AttemptFeed(run_dir, driver),
-    )
-    run = Place(recipe.out)
-    with Watch(run / "metrics.jsonl", num_steps=manifest.num_steps, title=run.name):
-        trainer.fit()
-    ray.get(ray.remote(_export).remote(str(run_dir)))
+    with tempfile.TemporaryDirectory(prefix="rayllava-") as unused:
+        trainer = ElasticTrainer(
+            _worker,
+            scale=scale,
+            run=run,
+            train_loop_config={"run": run.text, "driver": driver},
+            # A hang is for our own watchdog to name, before the process group gives up without a name.
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(2 * scale.hang_s) + 60),
+            scaling_config=ScalingConfig(
+                num_workers=(scale.min_workers, scale.max_workers),  # type: ignore[arg-type]  # as above
+                use_gpu=use_gpu,
+                resources_per_worker=scale.resources | ({"GPU": 1.0} if use_gpu else {}) if scale.resources else None,
+            ),
+            # Ray Train's own notion of checkpoints is never used: it keeps its marker where this driver runs.
+            run_config=RunConfig(
+                name=f"driver-{time.time_ns()}",
+                storage_path=unused,
+                failure_config=FailureConfig(max_failures=-1),  # rayllava.train.elastic decides
+                worker_runtime_env=spares.runtime_env(recipe.tuning),  # type: ignore[call-arg]  # as above
+            ),
+            datasets={"train": ray.data.range(1)},
+            dataset_config=AttemptFeed(run, driver),
+        )
+        with Watch(run / "metrics.jsonl", num_steps=manifest.num_steps, title=run.name):
+            trainer.fit()
+    ray.get(ray.remote(_export).remote(run.text))
     manifest = manifest.but(finished=True)
     runs.write_run(run, manifest)
     spent = goodput.measure(run)
-    log.info("finished %d steps; the model is in %s", manifest.num_steps, run_dir / "export")
+    log.info("finished %d steps; the model is in %s", manifest.num_steps, run / "export")
     if spent:
         (run / "goodput.json").write_bytes(json.dumps(spent._asdict(), indent=1).encode() + b"\n")
         log.info("%s", spent.text())
@@ -153,17 +155,16 @@ class AttemptFeed(DataConfig):
     place that knows W before any worker runs. The dataset it is given is a placeholder.
     """
 
-    def __init__(self, run_dir: Path, driver: str) -> None:
+    def __init__(self, run: Place, driver: str) -> None:
         super().__init__()
-        self.run_dir = run_dir
+        self.run = run
         self.driver = driver
 
     def configure(
         self, datasets: Any, world_size: int, worker_handles: Any, worker_node_ids: Any, **_: Any
     ) -> list[dict[str, Any]]:
-        run = Place(str(self.run_dir))
-        decision = store.decide(run, world_size=world_size, driver=self.driver)
-        dataset = stream.rows(stream_spec(runs.read_run(run), decision))
+        decision = store.decide(self.run, world_size=world_size, driver=self.driver)
+        dataset = stream.rows(stream_spec(runs.read_run(self.run), decision))
         # No locality hints: with them rows are no longer dealt strictly in turn.
         splits = dataset.streaming_split(world_size, equal=True, locality_hints=None)
         return [{"train": split} for split in splits]
@@ -171,7 +172,7 @@ class AttemptFeed(DataConfig):
 
 def stream_spec(manifest: RunManifest, decision: Decision | None = None) -> StreamSpec:
     """Return what an attempt of a run is fed; without a decision, the whole run as one worker would compute it."""
-    recipe, run_dir = manifest.recipe, Path(manifest.recipe.out)
+    recipe, run = manifest.recipe, Place(manifest.recipe.out)
     packs = recipe.data.max_tokens is not None
     attempt = decision.model_dump(include={"attempt", "cursor", "world_size"}) if decision else {}
     return StreamSpec(
@@ -180,8 +181,8 @@ def stream_spec(manifest: RunManifest, decision: Decision | None = None) -> Stre
         data=recipe.data,
         seed=recipe.seed,
         processor=manifest.processor,
-        tokenizer_dir=str(run_dir / "tokenizer"),
-        lengths=str(run_dir / LENGTHS) if packs else "",
+        tokenizer_dir=(run / "tokenizer").text,
+        lengths=(run / LENGTHS).text if packs else "",
         decoders=recipe.scale.decoders,
         **attempt,
     )
@@ -194,7 +195,7 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     log_.start(rank=rank)
-    run = Place(config["run_dir"])
+    run = Place(config["run"])
     manifest = runs.read_run(run)
     shard = ray.train.get_dataset_shard("train")
     decision = runs.read_decision(run, runs.newest_attempt(run))
@@ -212,11 +213,11 @@ def _worker(config: dict[str, Any]) -> None:
     ray.train.report({"step": manifest.num_steps})
 
 
-def _export(run_dir: str) -> None:
+def _export(run: str) -> None:
     from rayllava.train.export import export
 
     log_.start()
-    export(Path(run_dir))
+    export(Place(run))
 
 
 def _with_model(recipe: Recipe) -> Recipe:
@@ -245,16 +246,16 @@ def _out_of(after: str) -> str:
     return f"the out folder of `python jobs/{job}.py {after} data=DIR out=DIR`"
 
 
-def _continued(recipe: Recipe, shards: ShardManifest, run_dir: Path) -> RunManifest:
+def _continued(recipe: Recipe, shards: ShardManifest, run: Place) -> RunManifest:
     """Return the manifest to go on with; ValueError when `out` holds a run that computes something else."""
-    before = runs.read_run(Place(str(run_dir)), field="out")
+    before = runs.read_run(run, field="out")
     old, new = (flat(r.model_dump(exclude=set(_FREE_TO_CHANGE))) for r in (before.recipe, recipe))
     cure = "give another out, or fresh=true to start over"
     for path in sorted(old.keys() | new.keys()):
         if old.get(path) != new.get(path):
-            raise ValueError(f"{path}={new.get(path)}, but out={run_dir} holds a run with {old.get(path)}; {cure}")
+            raise ValueError(f"{path}={new.get(path)}, but out={run} holds a run with {old.get(path)}; {cure}")
     if before.shards_digest != shards.digest:
-        raise ValueError(f"data={recipe.data.shards} changed since out={run_dir} began; {cure}")
+        raise ValueError(f"data={recipe.data.shards} changed since out={run} began; {cure}")
     return before.but(recipe=recipe)
 
 
@@ -269,15 +270,13 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _clear(run_dir: Path) -> None:
+def _clear(run: Place) -> None:
     """Remove what a run wrote, and nothing else that may lie in its folder; ValueError while somebody trains it."""
-    import shutil
-
-    with Lease(Place(str(run_dir))):
-        for name in ("attempts", "checkpoints", "export", "ledger", "tokenizer", "ray", "waits"):
-            shutil.rmtree(run_dir / name, ignore_errors=True)
+    with Lease(run):
+        for name in ("attempts", "checkpoints", "export", "ledger", "tokenizer", "waits"):
+            (run / name).remove()
         for name in ("goodput.json", "ledger.jsonl", "metrics.jsonl", LENGTHS, "manifest.json"):
-            (run_dir / name).unlink(missing_ok=True)
+            (run / name).remove()
 
 
 def _use_gpu(recipe: Recipe) -> bool:
