@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _READERS = 8
 """Files that are read at a time."""
 _PIECE = 8 << 20
+_LOOK_S = 1.0
+"""Between two looks at a folder that somebody fills."""
 _SETTLED_S = 2.0
 """A file that changed so lately may change again without its time of change showing it."""
 
@@ -55,14 +57,15 @@ def copy_of(source: str, version: str, fill: Callable[[Path], None]) -> Path:
     return target
 
 
-def local(folder: Place) -> Path:
+def local(folder: Place, *, keep: Callable[[str], bool] = lambda name: True) -> Path:
     """Return the folder itself where it is on a disk, else a copy of what it holds now; FileNotFoundError if nothing.
 
-    A store is asked for the list of its files every time, for their bytes once a node.
+    `keep` says by their names from the folder which files are copied. A store is asked for the list of its files
+    every time, for their bytes once a node.
     """
     if not folder.remote:
         return folder.local
-    stamps = folder.stamps()
+    stamps = {name: stamp for name, stamp in folder.stamps().items() if keep(name)}
     if not stamps:
         raise FileNotFoundError(f"{folder} holds no file")
     sizes = {name: size for name, (size, _) in stamps.items()}
@@ -104,6 +107,28 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
             kept = {name: entry for name, entry in known.items() if name not in new or entry[1] < settled}
             durable.write_json(note, kept)
     return {name: known[name][-1] for name in seen}
+
+
+@contextmanager
+def watched(title: str, folder: Path, *, num_bytes: int) -> Iterator[None]:
+    """Say how much of `num_bytes` has come into a folder while the block, which cannot tell, fills it."""
+    ended = threading.Event()
+
+    def look() -> None:
+        with _progress(title, {"": num_bytes}) as tell:
+            done = 0
+            while not ended.wait(_LOOK_S):
+                now = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                tell(now - done)
+                done = now
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _read(folder: Path, sizes: Mapping[str, int]) -> dict[str, str]:

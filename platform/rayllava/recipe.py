@@ -18,7 +18,7 @@ from rayllava.spec import override as override  # recipes are what it is mostly 
 
 
 class ModelSpec(Spec):
-    """The parts a model is made of. A part is a local folder or a hub id."""
+    """The parts a model is made of: each a folder, an address in a store, or a hub id, owner/name[@revision]."""
 
     llm: str
     """Language model."""

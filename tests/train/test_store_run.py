@@ -46,10 +46,19 @@ def copies_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def trained(address: str, parts: ModelSpec, dialogues: Path) -> Place:
+def bases(address: str, parts: ModelSpec) -> ModelSpec:
+    """The parts of the model, in the store too."""
+    for name in ("llm", "vision"):
+        for path in Path(getattr(parts, name)).iterdir():
+            Place(address.format(f"bases/{name}/{path.name}")).write_bytes(path.read_bytes())
+    return parts.but(llm=address.format("bases/llm"), vision=address.format("bases/vision"))
+
+
+@pytest.fixture(scope="module")
+def trained(address: str, bases: ModelSpec, dialogues: Path) -> Place:
     """A finished run that packs, on one rank without Ray."""
     out = address.format("first")
-    manifest = launch.prepare(made(*words(parts, dialogues, out), "data.max_tokens=300", "prompt.max_length=256"))
+    manifest = launch.prepare(made(*words(bases, dialogues, out), "data.max_tokens=300", "prompt.max_length=256"))
     run = Place(out)
     measure(ShardManifest.load(str(dialogues)), manifest.processor, run / "tokenizer", run / runs.LENGTHS)
     assert len(run_ranks("tests.train.training:whole_run", 1, {"run": out})[0]) == manifest.num_steps == 6
@@ -104,7 +113,11 @@ def test_a_run_in_a_store_is_audited_exported_and_answers(trained: Place, monkey
 def test_a_run_in_a_store_starts_from_another_and_starts_over(trained: Place, address: str, dialogues: Path) -> None:
     out = address.format("second")
     fields = [f"data={dialogues}", f"out={out}", f"init_from={trained.text}", "data.global_batch=10", "data.atom=2"]
-    assert launch.prepare(made(*fields)).recipe.model == runs.read_run(trained).recipe.model
+    first, second = runs.read_run(trained), launch.prepare(made(*fields))
+    assert second.recipe.model == first.recipe.model and second.parts == first.parts
+    assert {name: sorted(files) for name, files in first.parts.items()} == {
+        name: ["config.json", "model.safetensors"] for name in ("llm", "vision")
+    }
     assert len(run_ranks("tests.train.training:whole_run", 1, {"run": out})[0]) == 6
     with pytest.raises(ValueError, match=r"^optim.lr=0.5, but out=s3://training/second holds a run with"):
         launch.prepare(made(*fields, "optim.lr=0.5"))
@@ -127,9 +140,9 @@ def test_a_store_that_cannot_be_written_is_named(
 
 
 @pytest.mark.slow
-def test_a_run_in_a_store_survives_its_driver(address: str, parts: ModelSpec, dialogues: Path) -> None:
+def test_a_run_in_a_store_survives_its_driver(address: str, bases: ModelSpec, dialogues: Path) -> None:
     out = address.format("killed")
-    run, fields = Place(out), [*words(parts, dialogues, out), "data.epochs=20", "scale.workers=2"]
+    run, fields = Place(out), [*words(bases, dialogues, out), "data.epochs=20", "scale.workers=2"]
     driver = start("jobs/finetune.py", "tiny.finetune", *fields)
     deadline = time.monotonic() + 120
     while len(read_metrics(run / "metrics.jsonl")) < 10:

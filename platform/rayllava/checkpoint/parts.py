@@ -25,6 +25,10 @@ TOWERS = {
 """Class in transformers by `model_type`; a folder that holds a whole CLIP gives its vision half."""
 
 
+INDEX = "model.safetensors.index.json"
+"""Says which file holds which tensor, where there are several."""
+
+
 def check_parts(model: ModelSpec) -> None:
     """Raise ValueError when the folders of a model cannot become one; the message names the field and the cure."""
     llm, vision = Path(model.llm), Path(model.vision)
@@ -73,7 +77,7 @@ def read_tower_config(folder: Path) -> dict[str, Any]:
 
 def weight_files(folder: Path, *, field: str) -> list[Path]:
     """Return the safetensors files of a part; ValueError when it has none."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     if (folder / "model.safetensors").is_file():

@@ -33,8 +33,10 @@ class RunManifest(Spec):
     format: Literal[1] = 1
     kind: Literal["run"] = "run"
     recipe: Recipe
-    """As given, with every model part resolved to a folder."""
+    """As given, with every model part pinned (rayllava.checkpoint.resolve)."""
     processor: ProcessorSpec
+    parts: dict[str, dict[str, str]] = {}
+    """Digest of every file that the model is built from, by its part (llm, vision) and name."""
     shards_digest: str
     num_steps: int
     finished: bool = False

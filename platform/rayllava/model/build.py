@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from rayllava.checkpoint import resolve
 from rayllava.checkpoint.run import RunManifest, read_run
 from rayllava.checkpoint.store import Store, read_checkpoint
 from rayllava.families import FAMILIES
@@ -34,8 +35,8 @@ def build(model: ModelSpec, processor: ProcessorSpec, *, seed: int) -> Any:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    llm = language_model(Path(model.llm), family=model.family)
-    tower = vision_tower(Path(model.vision), size=processor.image_size)
+    llm = language_model(resolve.folder(model.llm), family=model.family)
+    tower = vision_tower(resolve.folder(model.vision), size=processor.image_size)
     num_own = llm.get_input_embeddings().weight.shape[0]
     rows = max(processor.image_token_id, processor.pad_token_id) + 1
     if rows > num_own:
@@ -132,6 +133,8 @@ def final_checkpoint(run: Place) -> Path:
 def result(run: Place) -> tuple[Any, RunManifest]:
     """Return the model that a finished run trained, float32 on the CPU, and the run's manifest."""
     manifest = read_run(run)
+    assert manifest.recipe.model is not None, "resolved recipes name their model parts"
+    resolve.check(manifest.recipe.model, manifest.parts)
     llava = initial(manifest.recipe, manifest.processor)
     absorb(llava, manifest.recipe, final_checkpoint(run))
     return llava, manifest

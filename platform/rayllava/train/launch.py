@@ -22,10 +22,9 @@ from ray.train.torch import TorchConfig
 
 from rayllava import log as log_
 from rayllava import versions
+from rayllava.checkpoint import resolve, store
 from rayllava.checkpoint import run as runs
-from rayllava.checkpoint import store
 from rayllava.checkpoint.lease import Lease
-from rayllava.checkpoint.resolve import local_parts
 from rayllava.checkpoint.run import LENGTHS, Decision, RunManifest
 from rayllava.data import stream
 from rayllava.data.measure import measure
@@ -34,7 +33,7 @@ from rayllava.data.shards import ShardManifest
 from rayllava.data.stream import StreamSpec
 from rayllava.place import Place
 from rayllava.prompt.assemble import assemble
-from rayllava.recipe import Recipe, load
+from rayllava.recipe import ModelSpec, Recipe, load
 from rayllava.train import goodput, spares
 from rayllava.train.elastic import ElasticTrainer
 from rayllava.train.meter import Watch
@@ -69,12 +68,15 @@ def prepare(recipe: Recipe) -> RunManifest:
     run.check_writable()
     if (run / "manifest.json").exists():
         if not recipe.fresh:
-            return _continued(recipe, shards, run)
+            manifest = _continued(recipe, shards, run)
+            resolve.check(recipe.model, manifest.parts)
+            return manifest
         _clear(run)
+    parts = resolve.here(recipe.model)
     with run.scratch() as folder:
         processor = assemble(
-            llm_dir=Path(recipe.model.llm),
-            vision_dir=Path(recipe.model.vision),
+            llm_dir=Path(parts.llm),
+            vision_dir=Path(parts.vision),
             model=recipe.model,
             prompt=recipe.prompt,
             out_dir=folder / "tokenizer",
@@ -83,6 +85,7 @@ def prepare(recipe: Recipe) -> RunManifest:
     manifest = RunManifest(
         recipe=recipe,
         processor=processor,
+        parts={name: resolve.digests(getattr(recipe.model, name), field=f"model.{name}") for name in resolve.PARTS},
         shards_digest=shards.digest,
         num_steps=plan.num_steps,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -201,6 +204,8 @@ def _worker(config: dict[str, Any]) -> None:
     decision = runs.read_decision(run, runs.newest_attempt(run))
     assert decision.driver == config["driver"], "the decision is another driver's"
     assert decision.world_size == context.get_world_size(), "the decision is for another world size"
+    assert manifest.recipe.model is not None, "resolved recipes name their model parts"
+    resolve.check(manifest.recipe.model, manifest.parts)  # fetched here, before any rank waits for another
     spec = stream_spec(manifest, decision)
     loop.run(
         manifest,
@@ -233,9 +238,19 @@ def _with_model(recipe: Recipe) -> Recipe:
                 f"model differs from that of init_from={recipe.init_from}; leave model out to take it over"
             )
         model = before.recipe.model
+        assert model is not None, "resolved recipes name their model parts"
+        resolve.check(model, before.parts)
     if model is None:
         raise ValueError(f"{recipe.name} starts from an earlier run; add init_from=DIR, {_out_of(recipe.after)}")
-    return recipe.but(model=local_parts(model))
+    return recipe.but(model=resolve.pinned(model, before=_before(recipe)))
+
+
+def _before(recipe: Recipe) -> ModelSpec | None:
+    """Return the model of the run that is continued, if there is one; what is wrong with `out` is said later."""
+    try:
+        return None if recipe.fresh else runs.read_run(Place(recipe.out)).recipe.model
+    except (ValueError, OSError):
+        return None
 
 
 def _out_of(after: str) -> str:
