@@ -198,8 +198,24 @@ def test_a_run_without_an_export_is_named(tmp_path: Path) -> None:
         read_model_manifest(tmp_path)
 
 
-def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
-    shutil.copyfile(ASSETS / "hf_llava_448" / "model" / "config.json", tmp_path / "config.json")
+def test_weights_of_torch_are_read_like_safetensors(tmp_path: Path) -> None:
+    source = ASSETS / "hf_llava_448" / "model"
+    shutil.copyfile(source / "config.json", tmp_path / "config.json")
+    weights = load_file(source / "model.safetensors")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    want, stored = dict(HF.read(source).tensors()), HF.read(tmp_path)
+    got = dict(stored.tensors())
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+    assert stored.dtype == torch.float16
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ValueError, match="pickled weights are not read"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin cannot be read: it does not begin as one"):
         HF.read(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match=r"holds neither model.safetensors nor pytorch_model.bin"):
+        HF.read(tmp_path)
+
+
+def test_a_whole_clip_is_no_llava(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "clip", "text_config": {}, "vision_config": {}}')
+    with pytest.raises(ValueError, match="is no run, nor a model in a layout that we read"):
+        detect(tmp_path)

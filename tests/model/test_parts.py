@@ -130,7 +130,7 @@ def test_a_family_that_does_not_fit_is_named_with_one_that_does(tmp_path: Path) 
         language_model(folder, family="vicuna")
 
 
-def test_pickled_or_incomplete_weights_are_named(tmp_path: Path) -> None:
+def test_incomplete_weights_are_named(tmp_path: Path) -> None:
     llm, tower = written("internlm2", "clip", tmp_path)
     tensors = load_file(llm / "model.safetensors")
     del tensors["model.norm.weight"]
@@ -138,9 +138,64 @@ def test_pickled_or_incomplete_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.llm=.* has 1 missing keys, model.norm.weight first; give a whole"):
         language_model(llm, family="internlm2")
     for folder, read in ((llm, lambda: language_model(llm, family="internlm2")), (tower, lambda: vision(tower))):
-        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-        with pytest.raises(ValueError, match=r"no model.safetensors, and pickled weights are not read; convert"):
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(ValueError, match=r"holds neither model.safetensors nor pytorch_model.bin; give a folder"):
             read()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("llm", "tower"), [("vicuna", "clip"), ("internlm2", "intern_vit_6b"), ("phi3", "siglip"), ("qwen2", "clip")]
+)
+def test_weights_of_torch_make_the_same_parts(llm: str, tower: str, sharded: bool, tmp_path: Path) -> None:
+    folders = written(llm, tower, tmp_path)
+    reads = [lambda: language_model(folders[0], family=llm), lambda: vision(folders[1])]
+    want = [read().state_dict() for read in reads]
+    for folder in folders:
+        as_torch_saves(folder, sharded=sharded)
+    for read, state in zip(reads, want, strict=True):
+        got = read().state_dict()
+        assert got.keys() == state.keys() and all(torch.equal(got[name], state[name]) for name in state)
+
+
+def as_torch_saves(folder: Path, *, sharded: bool) -> None:
+    """Put files of torch.save in the place of a folder's safetensors, under the names of older transformers."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] in ("clip_vision_model", "siglip_vision_model"):
+        weights = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in weights.items()}
+        weights["vision_model.embeddings.position_ids"] = torch.arange(5).expand(1, -1)
+    if not sharded:
+        torch.save(weights, folder / "pytorch_model.bin")
+        return
+    names = sorted(weights)
+    halves = {f"pytorch_model-{n + 1:05d}-of-00002.bin": names[n::2] for n in range(2)}
+    for number, (file, some) in enumerate(halves.items()):
+        chosen = {name: weights[name] for name in some}
+        torch.save(chosen, folder / file, _use_new_zipfile_serialization=bool(number))
+    index = {"weight_map": {name: file for file, some in halves.items() for name in some}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def test_safetensors_go_before_what_torch_saved(tmp_path: Path) -> None:
+    llm, _ = written("vicuna", "clip", tmp_path)
+    torch.save({"lm_head.weight": torch.zeros(1)}, llm / "pytorch_model.bin")
+    want = load_file(llm / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(language_model(llm, family="vicuna").lm_head.weight, want)
+
+
+@pytest.mark.parametrize("listed", ["../other.bin", "missing.bin", None])
+def test_an_index_names_files_of_its_folder(listed: str | None, tmp_path: Path) -> None:
+    llm, _ = written("vicuna", "clip", tmp_path)
+    as_torch_saves(llm, sharded=True)
+    torch.save({"a": torch.ones(1)}, tmp_path / "other.bin")
+    path = llm / "pytorch_model.bin.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = {"a": listed} if listed else []
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model.llm=.*(names files outside|lacks missing.bin, which|is damaged)"):
+        language_model(llm, family="vicuna")
 
 
 def vision(folder: Path) -> Any:

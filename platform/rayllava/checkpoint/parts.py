@@ -2,6 +2,7 @@
 
 language model   of the recipe's family, or of a kind that is translated into it
 vision tower     CLIP, SigLIP, InternVL, or InternViT, which is translated
+either           a LLaVA in the Hugging Face layout, of which that part is taken
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rayllava.checkpoint.layouts import LAYOUTS
 from rayllava.checkpoint.remap import REMAPS
+from rayllava.checkpoint.weights import weight_files
 from rayllava.families import FAMILIES
 from rayllava.recipe import ModelSpec
 
@@ -56,8 +59,12 @@ def feature_depth(layer: int, num_blocks: int) -> int:
 
 
 def read_llm_config(folder: Path, *, family: str) -> dict[str, Any]:
-    """Return config.json of a language model; ValueError when its kind is not the family's."""
+    """Return config.json of a language model, or what that of a whole LLaVA says of it.
+
+    Raises ValueError when its kind is not the family's.
+    """
     config = _read(folder)
+    config = config["text_config"] if is_whole(folder) else config
     kind, plug = config.get("model_type"), FAMILIES[family]
     if kind not in (plug.model_type, plug.remap):
         fits = [name for name, other in FAMILIES.items() if kind in (other.model_type, other.remap)]
@@ -67,25 +74,21 @@ def read_llm_config(folder: Path, *, family: str) -> dict[str, Any]:
 
 
 def read_tower_config(folder: Path) -> dict[str, Any]:
-    """Return config.json of a vision tower; ValueError when we know no such kind."""
+    """Return config.json of a vision tower, or what that of a whole LLaVA says of it.
+
+    Raises ValueError when we know no such kind.
+    """
     config = _read(folder)
+    config = config["vision_config"] if is_whole(folder) else config
     if config.get("model_type") not in TOWERS:
         kind, known = config.get("model_type"), ", ".join(TOWERS)
         raise ValueError(f"model.vision={folder} is of type {kind}, which is no tower here; there are: {known}")
     return config
 
 
-def weight_files(folder: Path, *, field: str) -> list[Path]:
-    """Return the safetensors files of a part; ValueError when it has none."""
-    index = folder / INDEX
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    raise ValueError(
-        f"{field}={folder} holds no model.safetensors, and pickled weights are not read; "
-        "convert them elsewhere and give that folder"
-    )
+def is_whole(folder: Path) -> bool:
+    """Whether a part's folder is a whole LLaVA in the Hugging Face layout, of which the part is taken."""
+    return LAYOUTS["hf"].detect(folder)
 
 
 def _read(folder: Path) -> dict[str, Any]:

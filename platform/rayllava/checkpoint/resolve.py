@@ -15,7 +15,8 @@ from pathlib import Path
 
 from rayllava import copies
 from rayllava.checkpoint import hub
-from rayllava.checkpoint.parts import INDEX, check_parts, weight_files
+from rayllava.checkpoint.parts import check_parts
+from rayllava.checkpoint.weights import weight_files
 from rayllava.place import Place
 from rayllava.recipe import ModelSpec
 
@@ -67,8 +68,8 @@ def folder(reference: str) -> Path:
 def digests(reference: str, *, field: str) -> dict[str, str]:
     """Return the digest of every file that a module is built from, by its name; each is read once a node."""
     at = folder(reference)
-    names = ["config.json", *(path.name for path in weight_files(at, field=field))]
-    return copies.digests(at, names + [INDEX] * (at / INDEX).is_file())
+    files = [at / "config.json", *weight_files(at, field=field), *sorted(at.glob("*.index.json"))]
+    return copies.digests(at, [path.name for path in files])
 
 
 def check(model: ModelSpec, expected: Mapping[str, Mapping[str, str]]) -> None:

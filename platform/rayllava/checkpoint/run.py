@@ -27,6 +27,16 @@ LENGTHS = "lengths.npy"
 _READERS = 8
 
 
+class Origin(Spec):
+    """The checkpoint of another project that a run starts from, as it was when the run began."""
+
+    path: str
+    layout: str
+    """Key in rayllava.checkpoint.layouts."""
+    files: dict[str, str]
+    """Name, from `path` on, to digest of every file that is read."""
+
+
 class RunManifest(Spec):
     """What a run is: RUN/manifest.json."""
 
@@ -39,6 +49,8 @@ class RunManifest(Spec):
     """Digest of every file that the model is built from, by its part (llm, vision) and name."""
     shards_digest: str
     num_steps: int
+    origin: Origin | None = None
+    """What `init_from` names when it is no run."""
     finished: bool = False
     created: str = ""
     versions: dict[str, str] = {}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from rayllava import durable
-from rayllava.checkpoint.layouts import LAYOUTS, StoredModel, detect
+from rayllava.checkpoint.layouts import LAYOUTS, StoredModel, detect, writable
 from rayllava.checkpoint.manifest import ModelManifest, local_model, read_model_manifest
 from rayllava.convert import prove
 from rayllava.families import FAMILIES
@@ -42,8 +42,8 @@ def convert(src: Path | str, dst: Path, *, to: str, spec: ConvertSpec | None = N
     """
     begin = time.perf_counter()
     spec = spec or ConvertSpec()
-    if to not in LAYOUTS:
-        raise ValueError(f"to={to} cannot be written yet; there is: {', '.join(LAYOUTS)}")
+    if to not in writable():
+        raise ValueError(f"to={to} cannot be written yet; there is: {', '.join(writable())}")
     src = local_model(str(src), field="SRC")
     layout = detect(src, field="SRC")
     _check_free(dst, src)

@@ -2,73 +2,99 @@
 
     config.json's model_type   Llama, Phi-3, Qwen2, CLIP, SigLIP, InternVL    read by transformers
                                InternLM, InternLM2, InternViT                 translated first, see checkpoint.remap
+                               a LLaVA in the Hugging Face layout             its part of it
 
-No code from a folder is run, and no pickle is opened.
+No code from a folder is run, and no pickle: what is not safetensors is read by checkpoint.torchfile.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from rayllava.checkpoint.parts import TOWERS, read_llm_config, read_tower_config, weight_files
+from rayllava.checkpoint.layouts import LAYOUTS, Part
+from rayllava.checkpoint.parts import TOWERS, is_whole, read_llm_config, read_tower_config
 from rayllava.checkpoint.remap import REMAPS, remapped
+from rayllava.checkpoint.weights import stream, weight_files
 
 
 def language_model(folder: Path, *, family: str) -> Any:
     """Return the language model in a folder, its head included.
 
-    Raises ValueError when its kind is not the family's, or when its weights are not safetensors.
+    Raises ValueError when its kind is not the family's, or when its weights are missing, damaged or of another shape.
     """
-    config = read_llm_config(folder, family=family)
-    if config["model_type"] in REMAPS:
-        return _translated(folder, config, field="model.llm")
-    return _read(transformers.AutoModelForCausalLM, folder, field="model.llm")
+    config = llm_config(folder, family=family)
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return _part(kind, config, folder, read_llm_config(folder, family=family), part="llm")
 
 
 def vision_tower(folder: Path, *, size: int) -> Any:
     """Return the vision tower in a folder, for pictures of `size` pixels a side.
 
-    Raises ValueError when there is no such kind of tower here, or when its weights are not safetensors.
+    Raises ValueError when there is no such kind of tower here, or when its weights are missing, damaged or of another
+    shape.
     """
-    config = read_tower_config(folder)
-    if config["model_type"] in REMAPS:
-        tower = _translated(folder, config, field="model.vision")
-    else:
-        tower = _read(getattr(transformers, TOWERS[config["model_type"]]), folder, field="model.vision")
+    words = read_tower_config(folder)
+    kind = getattr(transformers, TOWERS[words["model_type"]])
+    tower = _part(kind, tower_config(folder), folder, words, part="vision")
     _resize(tower, size)
     return tower
 
 
-def _read(kind: Any, folder: Path, *, field: str) -> Any:
-    weight_files(folder, field=field)
-    model, report = kind.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
-    _check(report, "missing_keys", "mismatched_keys", said=f"{field}={folder}")  # a whole CLIP holds more than we ask
-    return model
+def llm_config(folder: Path, *, family: str) -> Any:
+    """Return transformers' config of the language model in a folder; ValueError when it is not of the family."""
+    words = read_llm_config(folder, family=family)
+    if is_whole(folder):
+        return LAYOUTS["hf"].read(folder).config.text_config
+    if remap := REMAPS.get(words["model_type"]):
+        return getattr(transformers, remap.to).config_class(**remap.config(words))
+    return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def _translated(folder: Path, config: dict[str, Any], *, field: str) -> Any:
-    remap = REMAPS[config["model_type"]]
-    kind: Any = getattr(transformers, remap.to)
-    tensors = remapped(remap, config, _stream(weight_files(folder, field=field)))
-    model, report = kind.from_pretrained(
-        None,
-        config=kind.config_class(**remap.config(config)),
-        state_dict={name: tensor.float() for name, tensor in tensors},
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    _check(report, "missing_keys", "mismatched_keys", "unexpected_keys", said=f"{field}={folder}")
+def tower_config(folder: Path, *, size: int | None = None) -> Any:
+    """Return transformers' config of the tower in a folder, for pictures of `size` pixels a side if that is given."""
+    words = read_tower_config(folder)
+    kind = getattr(transformers, TOWERS[words["model_type"]]).config_class
+    if is_whole(folder):
+        config = LAYOUTS["hf"].read(folder).config.vision_config
+    elif remap := REMAPS.get(words["model_type"]):
+        config = kind(**remap.config(words))
+    else:
+        config = kind.from_pretrained(folder)
+    if size is not None:
+        config.image_size = size if isinstance(config.image_size, int) else type(config.image_size)((size, size))
+    return config
+
+
+def _part(kind: Any, config: Any, folder: Path, words: dict[str, Any], *, part: Part) -> Any:
+    """Return a module of the class `kind` with the weights of a folder whose config.json says `words`."""
+    field = f"model.{part}"
+    kinds = ["missing_keys", "mismatched_keys"]
+    files = weight_files(folder, field=field)
+    given: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    tensors: Iterable[tuple[str, Tensor]] | None = None
+    if is_whole(folder):
+        weights = LAYOUTS["hf"].open(folder, field=field).weights
+        tensors = ((weight.name, weight.held.read()) for weight in weights if weight.part == part)
+    elif remap := REMAPS.get(words["model_type"]):
+        tensors = remapped(remap, words, stream(files))
+    elif files[0].suffix != ".safetensors":
+        tensors = stream(files)
+    if tensors is None:
+        # A whole CLIP holds more than we ask.
+        model, report = kind.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **given)
+    else:
+        state = {name: tensor.float() for name, tensor in tensors}
+        model, report = kind.from_pretrained(None, config=config, state_dict=state, **given)
+        kinds += ["unexpected_keys"] if is_whole(folder) or words["model_type"] in REMAPS else []
+    _check(report, *kinds, said=f"{field}={folder}")
     return model
 
 
@@ -110,11 +136,3 @@ def _interpolated(table: Tensor, num: int) -> Tensor:
     square = grid.reshape(1, before, before, -1).permute(0, 3, 1, 2)  # (1, C, H, W)
     square = F.interpolate(square, size=(after, after), mode="bicubic", align_corners=False)
     return torch.cat([head, square.permute(0, 2, 3, 1).reshape(after**2, -1)])
-
-
-def _stream(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            keys = file.keys()
-            for key in keys:
-                yield key, file.get_tensor(key)

@@ -1,9 +1,11 @@
-"""Folder layouts of checkpoints, one file each, all in terms of one StoredModel.
+"""Layouts of checkpoints, one file each.
 
-    folder --detect--> Layout --read--> StoredModel --write--> folder in another layout
+    folder          --detect--> Layout --read--> StoredModel --write--> folder in another layout   a whole model
+    folder or file  --detect--> Layout --open--> Found                                             what it holds
 
-Tensors carry canonical names between any two layouts: the parameter names of transformers'
-LlavaForConditionalGeneration in memory (`model.language_model.*`, `lm_head.weight`, ...).
+Tensors of a StoredModel carry canonical names between any two layouts: the parameter names of transformers'
+LlavaForConditionalGeneration in memory (`model.language_model.*`, `lm_head.weight`, ...). Those of a Found are named
+part by part, since what they become depends on the language model and tower that they were trained with.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 from rayllava.checkpoint.manifest import ModelManifest
+from rayllava.checkpoint.weights import Held, open_weights
 from rayllava.recipe import ProcessorSpec
 from rayllava.shelf import Shelf
 
@@ -53,6 +56,48 @@ class StoredModel:
         return dataclasses.replace(self, tensors=tensors, dtype=dtype)
 
 
+Part = Literal["llm", "vision", "projector"]
+
+
+_PARTS: tuple[tuple[str, Part, str], ...] = (
+    ("model.language_model.", "llm", "model."),
+    ("model.vision_tower.", "vision", ""),
+    ("model.multi_modal_projector.", "projector", ""),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A tensor of one part of a LLaVA, as a checkpoint holds it."""
+
+    part: Part
+    name: str
+    """In the part: `model.layers.0...`, `lm_head.weight`; `encoder...` without `vision_model.`; `linear_1.bias`."""
+    held: Held
+    said: str
+    """Its name in the file, for messages."""
+    adds: bool = False
+    """Whether it is to be added to the weight of that name: the product of an adapter."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a checkpoint holds of a LLaVA: all of it, its projector, adapters, ..."""
+
+    files: tuple[Path, ...]
+    """All that was read."""
+    weights: tuple[Weight, ...]
+    translated: bool = False
+    """Whether names are those of transformers' classes even for models that came with code of their own, see
+    rayllava.checkpoint.remap."""
+
+
+class Open(Protocol):
+    """Find the weights that a checkpoint holds, none of them read yet; ValueError naming `field` when it has none."""
+
+    def __call__(self, path: Path, *, field: str = "MODEL") -> Found: ...
+
+
 class Write(Protocol):
     """Make `folder`, whole or not at all, and return its manifest with the digests of what was written."""
 
@@ -70,25 +115,65 @@ class Describe(Protocol):
     ) -> ProcessorSpec: ...
 
 
+def cannot_read(folder: Path) -> NoReturn:
+    raise ValueError(
+        f"{folder} cannot be read as a whole model yet: only its weights, as init_from of a training run"
+    )
+
+
+def cannot_write(folder: Path, stored: StoredModel, manifest: ModelManifest) -> NoReturn:
+    raise ValueError(f"{folder} cannot be written in this layout yet")
+
+
+def cannot_describe(folder: Path, stored: StoredModel, *, template: str, aspect: str | None = None) -> NoReturn:
+    raise ValueError(f"{folder} cannot be described yet")
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one project lays a LLaVA out on disk; the plug of this package."""
 
     detect: Callable[[Path], bool]
-    """Whether a folder has this layout, judged by content, never by name."""
-    read: Callable[[Path], StoredModel]
-    write: Write
-    describe: Describe
+    """Whether a folder, or a file, has this layout, judged by content, never by name."""
+    open: Open
+    read: Callable[[Path], StoredModel] = cannot_read
+    write: Write = cannot_write
+    describe: Describe = cannot_describe
 
 
 LAYOUTS = Shelf(__name__, Layout)
 
 
-def detect(folder: Path, *, field: str = "MODEL") -> str:
-    """Return the key of a folder's layout; ValueError when it has none that we read."""
-    if not folder.is_dir():
-        raise ValueError(f"{field}={folder} is no folder; give one that holds a model")
+def writable() -> list[str]:
+    """Return the keys of layouts that models are written in."""
+    return [key for key, layout in LAYOUTS.items() if layout.write is not cannot_write]
+
+
+def detect(path: Path, *, field: str = "MODEL") -> str:
+    """Return the key of a checkpoint's layout; ValueError when it has none that we read."""
+    if not path.exists():
+        raise ValueError(f"{field}={path} does not exist; give one that holds a model")
     for key, layout in LAYOUTS.items():
-        if layout.detect(folder):
+        if layout.detect(path):
             return key
-    raise ValueError(f"{field}={folder} holds no model in a layout that we read; there are: {', '.join(LAYOUTS)}")
+    if path.is_file():
+        open_weights(path)  # says what is wrong with a damaged one
+    raise ValueError(
+        f"{field}={path} is no run, nor a model in a layout that we read; there are: {', '.join(LAYOUTS)}"
+    )
+
+
+def part_of(name: str) -> tuple[Part, str]:
+    """Return the part that a canonical name belongs to, and its name there."""
+    for prefix, part, inner in _PARTS:
+        if name.startswith(prefix):
+            return part, inner + name.removeprefix(prefix)
+    return "llm", name
+
+
+def in_whole(part: Part, name: str) -> str:
+    """Return the canonical name of a part's tensor: the inverse of `part_of`."""
+    for prefix, other, inner in _PARTS:
+        if part == other and name.startswith(inner):
+            return prefix + name.removeprefix(inner)
+    return name

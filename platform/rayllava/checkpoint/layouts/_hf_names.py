@@ -23,13 +23,13 @@ _TO_CANONICAL = (
 _PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Kinds of tower whose published files say `vision_model.`; others never did."""
 
-_COMPUTED = (".embeddings.position_ids", ".rotary_emb.inv_freq")
+COMPUTED = ("embeddings.position_ids", ".rotary_emb.inv_freq")
 """Buffers that old files hold and the model computes."""
 
 
 def canonical(name: str) -> str | None:
     """Return the canonical form of a name in a file; None for what is not read."""
-    if name.endswith(_COMPUTED):
+    if name.endswith(COMPUTED):
         return None
     for old, new in _TO_CANONICAL:
         if name.startswith(old):

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayllava import durable
-from rayllava.checkpoint.layouts import Layout, StoredModel
+from rayllava.checkpoint.layouts import Found, Layout, StoredModel, Weight, part_of
 from rayllava.checkpoint.layouts._hf_names import canonical, published
 from rayllava.checkpoint.layouts._hf_prompt import describe, write_prompt
 from rayllava.checkpoint.manifest import ModelManifest, write_model_manifest
+from rayllava.checkpoint.weights import Held, open_weights, weight_files
 from rayllava.recipe import ProcessorSpec
 
 if TYPE_CHECKING:
@@ -52,30 +53,26 @@ def detect(folder: Path) -> bool:
         return False
     config = json.loads(path.read_text())
     named = "LlavaForConditionalGeneration" in (config.get("architectures") or [])
-    return named or {"text_config", "vision_config"} <= config.keys()
+    both = {"text_config", "vision_config"} <= config.keys()  # a whole CLIP has them too
+    return named or (both and config.get("model_type") == "llava")
 
 
 def read(folder: Path) -> StoredModel:
     """Return the model of a folder in any of the published spellings of tensor names."""
     from transformers import LlavaConfig
 
-    files = _files(folder)
-    places: dict[str, tuple[Path, str]] = {}
-    for path in files:
-        for name in _keys(path):
-            to = canonical(name)
-            if to in places:
-                raise ValueError(f"{folder} holds {to} twice: as {places[to][1]} and as {name}")
-            if to:
-                places[to] = (path, name)
+    held = {name: tensor for name, _, tensor in _open(folder)}
     config: Any = LlavaConfig.from_pretrained(folder)
-    embed = "model.language_model.embed_tokens.weight"
-    if embed not in places:
-        raise ValueError(f"{folder} holds no embedding table ({embed} in any spelling); it is no whole LLaVA")
     # transformers 4.37's converter wrote a vocabulary 64 larger than the tensors.
-    config.text_config.vocab_size = _shape(*places[embed])[0]
-    dtype = next(iter(_stream({embed: places[embed]})))[1].dtype
-    return StoredModel(config, lambda: _stream(places), tokenizer_dir=folder, dtype=dtype)
+    config.text_config.vocab_size = held[_EMBED].shape[0]
+    dtype = held[_EMBED].read().dtype
+    return StoredModel(config, lambda: ((n, t.read()) for n, t in held.items()), tokenizer_dir=folder, dtype=dtype)
+
+
+def find(path: Path, *, field: str = "MODEL") -> Found:
+    """Find the weights of a whole model; they are named as transformers' classes name them."""
+    weights = [Weight(*part_of(name), held, said) for name, said, held in _open(path, field=field)]
+    return Found(tuple(weight_files(path, field=field)), tuple(weights), translated=True)
 
 
 def write(
@@ -92,38 +89,22 @@ def write(
     return manifest
 
 
-def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    path = folder / "model.safetensors"
-    if path.is_file():
-        return [path]
-    raise ValueError(f"{folder} holds no model.safetensors and no index of shards; pickled weights are not read")
+_EMBED = "model.language_model.embed_tokens.weight"
 
 
-def _keys(path: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
-
-
-def _shape(path: Path, name: str) -> tuple[int, ...]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return tuple(file.get_slice(name).get_shape())
-
-
-def _stream(places: dict[str, tuple[Path, str]]) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
-
-    for path in sorted({path for path, _ in places.values()}):
-        with safe_open(path, framework="pt") as file:
-            for name, (at, key) in places.items():
-                if at == path:
-                    yield name, file.get_tensor(key)
+def _open(folder: Path, *, field: str = "MODEL") -> list[tuple[str, str, Held]]:
+    """Return (canonical name, name in the file, tensor) of all that a folder holds."""
+    found: dict[str, tuple[str, Held]] = {}
+    for path in weight_files(folder, field=field):
+        for said, held in open_weights(path).items():
+            name = canonical(said)
+            if name in found:
+                raise ValueError(f"{folder} holds {name} twice: as {found[name][0]} and as {said}")
+            if name:
+                found[name] = (said, held)
+    if _EMBED not in found:
+        raise ValueError(f"{folder} holds no embedding table ({_EMBED} in any spelling); it is no whole LLaVA")
+    return [(name, said, held) for name, (said, held) in found.items()]
 
 
 def _write_tensors(folder: Path, stored: StoredModel, max_shard_bytes: int) -> list[str]:
@@ -211,4 +192,4 @@ def _config_json(stored: StoredModel, spec: ProcessorSpec) -> dict[str, Any]:
     return config
 
 
-PLUG = Layout(detect=detect, read=read, write=write, describe=describe)
+PLUG = Layout(detect=detect, open=find, read=read, write=write, describe=describe)

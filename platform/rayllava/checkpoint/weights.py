@@ -1,0 +1,101 @@
+"""Weights in a folder, whoever wrote them: safetensors, or files of torch.save, whose pickle is not run.
+
+    model.safetensors.index.json, model.safetensors, pytorch_model.bin.index.json, pytorch_model.bin
+
+Of these the first that a folder holds is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class Held(Protocol):
+    """A tensor in a file: its shape is known, its numbers are read when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _SafeTensor:
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(self.key)
+
+
+def weight_files(folder: Path, *, field: str) -> list[Path]:
+    """Return the files of a model's weights; ValueError when the folder has none, or not all of them."""
+    for name in _FILES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _listed(index, field=field)
+        if (folder / name).is_file():
+            return [folder / name]
+    raise ValueError(f"{field}={folder} holds neither {_FILES[0]} nor {_FILES[1]}; give a folder with weights")
+
+
+def has_weights(folder: Path) -> bool:
+    return any((folder / f"{name}{end}").is_file() for name in _FILES for end in ("", ".index.json"))
+
+
+def open_weights(path: Path) -> dict[str, Held]:
+    """Return the tensors of one file by name; ValueError when it is neither kind of file, or damaged."""
+    if not _is_safetensors(path):
+        from rayllava.checkpoint.torchfile import tensors
+
+        return dict(tensors(path))
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: _SafeTensor(path, key, tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole file of safetensors ({error}); fetch it again") from error
+
+
+def stream(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor with its name, one in memory at a time; ValueError for a name that occurs twice."""
+    seen: set[str] = set()
+    for path in files:
+        for name, held in open_weights(path).items():
+            if name in seen:
+                raise ValueError(f"{path.parent} holds {name} in two files; give a folder as it was published")
+            seen.add(name)
+            yield name, held.read()
+
+
+def _listed(index: Path, *, field: str) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [index.parent / Path(name).name for name in names if Path(name).name == name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{field}={index.parent}: {index.name} is damaged; fetch it again") from error
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{field}={index.parent} lacks {path.name}, which {index.name} names; fetch it again")
+    if not files or len(files) != len(names):
+        raise ValueError(f"{field}={index.parent}: {index.name} names files outside of the folder; fetch it again")
+    return files
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
