@@ -1,8 +1,9 @@
 """Spec -> module: the parts of a model put together as transformers' LlavaForConditionalGeneration.
 
-language model folder -+
-vision tower folder   -+-> LlavaForConditionalGeneration, its projector new (seeded)
-[earlier runs]        ---> what each trained laid over it, adapters folded in, oldest run first
+language model folder   -+
+vision tower folder     -+-> LlavaForConditionalGeneration, its projector new (seeded)
+[other's checkpoint]    ---> what it holds laid over it, see rayllava.model.foreign
+[earlier runs]          ---> what each trained laid over it, adapters folded in, oldest run first
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rayllava.checkpoint import resolve
-from rayllava.checkpoint.run import RunManifest, read_run
+from rayllava.checkpoint.run import Origin, RunManifest, read_run
 from rayllava.checkpoint.store import Store, read_checkpoint
 from rayllava.families import FAMILIES
-from rayllava.model.parts import language_model, vision_tower
+from rayllava.model.foreign import Outline, check_fits, is_foreign, lay_found
+from rayllava.model.parts import language_model, llm_config, tower_config, vision_tower
 from rayllava.model.tuning import adapt, merge
 from rayllava.place import Place
 from rayllava.recipe import ModelSpec, ProcessorSpec, Recipe
@@ -31,36 +33,64 @@ def build(model: ModelSpec, processor: ProcessorSpec, *, seed: int) -> Any:
     Rows that the tokenizer gained (`<image>`, `<pad>`) are drawn around the mean of the old rows; the table is
     padded to a multiple of 64, as the published Hugging Face checkpoints are.
     """
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     llm = language_model(resolve.folder(model.llm), family=model.family)
     tower = vision_tower(resolve.folder(model.vision), size=processor.image_size)
     num_own = llm.get_input_embeddings().weight.shape[0]
-    rows = max(processor.image_token_id, processor.pad_token_id) + 1
+    rows = _rows(processor)
     if rows > num_own:
         torch.manual_seed(seed)
         llm.resize_token_embeddings(rows, pad_to_multiple_of=64)
-    config: Any = LlavaConfig(
-        vision_config=tower.config,
-        text_config=llm.config,
-        image_token_index=processor.image_token_id,
-        image_seq_length=processor.num_image_tokens,
-        vision_feature_layer=model.vision_feature_layer,
-        vision_feature_select_strategy=model.vision_feature_select,
-        projector_hidden_act="gelu",
-        tie_word_embeddings=llm.config.tie_word_embeddings,
-    )
-    config.pad_token_id = processor.pad_token_id
-    with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(config)
+    llava = _empty(model, processor, llm.config, tower.config)
     llava.model.language_model = llm.model
     llava.lm_head = llm.lm_head
     llava.model.vision_tower = tower
     llava.model.multi_modal_projector = _projector(llava.model.multi_modal_projector, seed)
     llava.num_own_rows = num_own  # of the head: the loss looks at no others
     return llava.eval()
+
+
+def outline(model: ModelSpec, processor: ProcessorSpec) -> Outline:
+    """Return the shapes of the model that `build` would return, from the parts' configs alone."""
+    llm = llm_config(Path(model.llm), family=model.family)
+    tower = tower_config(Path(model.vision), size=processor.image_size)
+    num_own = llm.vocab_size
+    if _rows(processor) > num_own:
+        llm.vocab_size = -(-_rows(processor) // 64) * 64
+    llava = _empty(model, processor, llm, tower)
+    shapes = {name: tuple(tensor.shape) for name, tensor in llava.state_dict().items()}
+    return Outline(shapes, num_own, llm.tie_word_embeddings)
+
+
+def check_start(origin: Origin, model: ModelSpec, processor: ProcessorSpec) -> None:
+    """Raise ValueError, in one line, unless the checkpoint of another project fits a run's model."""
+    check_fits(origin, model, outline(model, processor))
+
+
+def _rows(processor: ProcessorSpec) -> int:
+    """Return how many rows the tables need at least."""
+    return max(processor.image_token_id, processor.pad_token_id) + 1
+
+
+def _empty(model: ModelSpec, processor: ProcessorSpec, llm: Any, tower: Any) -> Any:
+    """Return the model of two configs without memory for its weights."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    config: Any = LlavaConfig(
+        vision_config=tower,
+        text_config=llm,
+        image_token_index=processor.image_token_id,
+        image_seq_length=processor.num_image_tokens,
+        vision_feature_layer=model.vision_feature_layer,
+        vision_feature_select_strategy=model.vision_feature_select,
+        projector_hidden_act="gelu",
+        tie_word_embeddings=llm.tie_word_embeddings,
+    )
+    config.pad_token_id = processor.pad_token_id
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(config)
 
 
 def lay_over(llava: nn.Module, checkpoint_dir: Path) -> list[str]:
@@ -86,11 +116,19 @@ def read_tensors(checkpoint_dir: Path, prefix: str) -> Iterator[tuple[str, Tenso
                     yield key.removeprefix(prefix), file.get_tensor(key)
 
 
-def initial(recipe: Recipe, processor: ProcessorSpec) -> Any:
-    """Return the model a run starts from: its parts, and the result of every run named by `init_from`."""
+def initial(recipe: Recipe, processor: ProcessorSpec, *, origin: Origin | None = None) -> Any:
+    """Return the model a run starts from: its parts, and the result of all that `init_from` leads back to.
+
+    `origin` is the run's own, where its `init_from` is no run.
+    """
     assert recipe.model is not None, "resolved recipes name their model parts"
     llava = build(recipe.model, processor, seed=recipe.seed)
-    for run in ancestry(recipe):
+    runs = ancestry(recipe)
+    if runs:
+        origin = read_run(runs[0], field="init_from").origin
+    if origin:
+        lay_found(llava, origin, resolve.here(recipe.model))
+    for run in runs:
         absorb(llava, read_run(run, field="init_from").recipe, final_checkpoint(run))
     return llava
 
@@ -112,7 +150,7 @@ def absorb(llava: Any, recipe: Recipe, checkpoint_dir: Path) -> None:
 def ancestry(recipe: Recipe) -> list[Place]:
     """Return the runs that `init_from` leads back to, the oldest first."""
     runs: list[Place] = []
-    while recipe.init_from:
+    while recipe.init_from and not is_foreign(recipe.init_from):
         runs.insert(0, Place(recipe.init_from))
         recipe = read_run(runs[0], field="init_from").recipe
     return runs
@@ -135,7 +173,7 @@ def result(run: Place) -> tuple[Any, RunManifest]:
     manifest = read_run(run)
     assert manifest.recipe.model is not None, "resolved recipes name their model parts"
     resolve.check(manifest.recipe.model, manifest.parts)
-    llava = initial(manifest.recipe, manifest.processor)
+    llava = initial(manifest.recipe, manifest.processor, origin=manifest.origin)
     absorb(llava, manifest.recipe, final_checkpoint(run))
     return llava, manifest
 

@@ -25,7 +25,7 @@ from rayllava import versions
 from rayllava.checkpoint import resolve, store
 from rayllava.checkpoint import run as runs
 from rayllava.checkpoint.lease import Lease
-from rayllava.checkpoint.run import LENGTHS, Decision, RunManifest
+from rayllava.checkpoint.run import LENGTHS, Decision, Origin, RunManifest
 from rayllava.data import stream
 from rayllava.data.measure import measure
 from rayllava.data.plan import Plan
@@ -57,7 +57,9 @@ def prepare(recipe: Recipe) -> RunManifest:
     A run that `out` holds already is continued as it began. Raises ValueError with the field and the cure, and
     leaves `out` as it was.
     """
-    recipe = _with_model(recipe)
+    from rayllava.model.build import check_start
+
+    recipe, origin = _with_model(recipe)
     assert recipe.model is not None
     shards = ShardManifest.load(recipe.data.shards)
     packs = recipe.data.max_tokens is not None
@@ -66,12 +68,11 @@ def prepare(recipe: Recipe) -> RunManifest:
         plan.check_workers(recipe.scale.max_workers)
     run = Place(recipe.out)
     run.check_writable()
-    if (run / "manifest.json").exists():
-        if not recipe.fresh:
-            manifest = _continued(recipe, shards, run)
-            resolve.check(recipe.model, manifest.parts)
-            return manifest
-        _clear(run)
+    begun = (run / "manifest.json").exists()
+    if begun and not recipe.fresh:
+        manifest = _continued(recipe, shards, run, origin)
+        resolve.check(recipe.model, manifest.parts)
+        return manifest
     parts = resolve.here(recipe.model)
     with run.scratch() as folder:
         processor = assemble(
@@ -81,6 +82,10 @@ def prepare(recipe: Recipe) -> RunManifest:
             prompt=recipe.prompt,
             out_dir=folder / "tokenizer",
         )
+        if origin:
+            check_start(origin, parts, processor)
+        if begun:
+            _clear(run)
         (run / "tokenizer").take_dir(folder / "tokenizer", last="tokenizer_config.json")
     manifest = RunManifest(
         recipe=recipe,
@@ -88,6 +93,7 @@ def prepare(recipe: Recipe) -> RunManifest:
         parts={name: resolve.digests(getattr(recipe.model, name), field=f"model.{name}") for name in resolve.PARTS},
         shards_digest=shards.digest,
         num_steps=plan.num_steps,
+        origin=origin,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         versions=versions(),
     )
@@ -225,12 +231,16 @@ def _export(run: str) -> None:
     export(Place(run))
 
 
-def _with_model(recipe: Recipe) -> Recipe:
-    """Return the recipe with its model parts: its own, or those of the run it starts from."""
-    model = recipe.model
-    if recipe.init_from:
-        from rayllava.model.build import final_checkpoint
+def _with_model(recipe: Recipe) -> tuple[Recipe, Origin | None]:
+    """Return the recipe with its model parts, its own or those of what it starts from, and what that is if no run."""
+    from rayllava.model.build import final_checkpoint
+    from rayllava.model.foreign import is_foreign, origin_of, whole_model
 
+    model, origin = recipe.model, None
+    if recipe.init_from and is_foreign(recipe.init_from):
+        origin = origin_of(recipe.init_from)
+        model = model or whole_model(recipe)
+    elif recipe.init_from:
         before = runs.read_run(Place(recipe.init_from), field="init_from")
         final_checkpoint(Place(recipe.init_from))
         if model is not None and model != before.recipe.model:
@@ -242,7 +252,7 @@ def _with_model(recipe: Recipe) -> Recipe:
         resolve.check(model, before.parts)
     if model is None:
         raise ValueError(f"{recipe.name} starts from an earlier run; add init_from=DIR, {_out_of(recipe.after)}")
-    return recipe.but(model=resolve.pinned(model, before=_before(recipe)))
+    return recipe.but(model=resolve.pinned(model, before=_before(recipe))), origin
 
 
 def _before(recipe: Recipe) -> ModelSpec | None:
@@ -261,7 +271,7 @@ def _out_of(after: str) -> str:
     return f"the out folder of `python jobs/{job}.py {after} data=DIR out=DIR`"
 
 
-def _continued(recipe: Recipe, shards: ShardManifest, run: Place) -> RunManifest:
+def _continued(recipe: Recipe, shards: ShardManifest, run: Place, origin: Origin | None) -> RunManifest:
     """Return the manifest to go on with; ValueError when `out` holds a run that computes something else."""
     before = runs.read_run(run, field="out")
     old, new = (flat(r.model_dump(exclude=set(_FREE_TO_CHANGE))) for r in (before.recipe, recipe))
@@ -271,6 +281,8 @@ def _continued(recipe: Recipe, shards: ShardManifest, run: Place) -> RunManifest
             raise ValueError(f"{path}={new.get(path)}, but out={run} holds a run with {old.get(path)}; {cure}")
     if before.shards_digest != shards.digest:
         raise ValueError(f"data={recipe.data.shards} changed since out={run} began; {cure}")
+    if before.origin != origin:
+        raise ValueError(f"init_from={recipe.init_from} changed since out={run} began; {cure}")
     return before.but(recipe=recipe)
 
 

@@ -222,7 +222,7 @@ def _engine(
 ) -> Engine:
     recipe = manifest.recipe
     assert recipe.model is not None
-    llava = initial(recipe, manifest.processor)
+    llava = initial(recipe, manifest.processor, origin=manifest.origin)
     dtype = getattr(torch, recipe.scale.dtype)
     family = FAMILIES[recipe.model.family]
     trained = tune(llava, recipe.tuning, family, seed=recipe.seed, dtype=dtype, device=device)
