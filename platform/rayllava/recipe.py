@@ -269,7 +269,9 @@ class Recipe(Spec):
     out: str = ""
     """The run's folder (RUN). The same command run again continues what is there."""
     init_from: str = ""
-    """A run whose weights, and model parts, this one starts from."""
+    """What this run starts from: an earlier run, whose model parts it takes over; a whole model in the Hugging Face
+    layout; or a checkpoint of LLaVA or XTuner (`mm_projector.bin`, `iter_N.pth`, their folders), for which `model`
+    says the parts that it was trained with."""
     after: str = ""
     """Recipe whose run `init_from` names."""
     fresh: bool = False

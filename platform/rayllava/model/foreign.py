@@ -41,9 +41,9 @@ class Outline:
 _TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 """Their rows are the vocabulary, which ours pads and others do not."""
 _CURE = {
-    "projector": "model.llm, model.vision and a projector of two layers",
-    "llm": "model.llm",
-    "vision": "model.vision and model.image_size",
+    "projector": "give the model.llm and model.vision it was trained with; a projector has two layers here",
+    "llm": "give the model.llm it was trained with",
+    "vision": "give the model.vision and model.image_size it was trained with",
 }
 
 
@@ -120,7 +120,7 @@ def check_fits(origin: Origin, model: ModelSpec, outline: Outline) -> None:
                 held = tuple(weight.held.shape)
                 said = f"{weight.said} is {held}" + (f", of which {name} is {have}" if held != have else "")
                 ours = f"the model has {want}" if want else "the model has no such tensor"
-                raise ValueError(f"init_from={origin.path}: {said}; {ours}; set {_CURE[weight.part]}")
+                raise ValueError(f"init_from={origin.path}: {said}; {ours}; {_CURE[weight.part]}")
             if name in whole:
                 raise ValueError(f"init_from={origin.path} holds {name} twice; give a checkpoint of one model")
             if not weight.adds:
@@ -129,7 +129,7 @@ def check_fits(origin: Origin, model: ModelSpec, outline: Outline) -> None:
     for name, want in outline.shapes.items():
         if part_of(name) in there and name not in whole and not (outline.tied and name == "lm_head.weight"):
             cure = _CURE[part_of(name)]
-            raise ValueError(f"init_from={origin.path} lacks {name} {want}, but not the rest of it; set {cure}")
+            raise ValueError(f"init_from={origin.path} lacks {name} {want}, but not the rest of it; {cure}")
 
 
 def lay_found(llava: Any, origin: Origin, model: ModelSpec) -> None:
@@ -165,7 +165,7 @@ def _canonical(weight: Weight, tensor: Tensor, found: Found, model: ModelSpec) -
             except RuntimeError as error:  # torch cannot take apart what has another width
                 raise ValueError(
                     f"init_from={found.files[0]}: {weight.said} {tuple(tensor.shape)} cannot be taken apart as "
-                    f"{config['model_type']} says; set {_CURE[weight.part]}"
+                    f"{config['model_type']} says; {_CURE[weight.part]}"
                 ) from error
     for name, each in named:
         yield in_whole(weight.part, name), each

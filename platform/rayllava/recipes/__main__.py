@@ -21,7 +21,9 @@ without its folder and its ending:
     python jobs/finetune.py scripts/v1_5/finetune.sh data=shards/mix665k init_from=runs/pretrain out=runs/finetune
 
 LLaVA's scripts are written for 13B, so their names mean the 13B recipes. A recipe that starts from another one needs
-`init_from`, the folder of that one's run, and takes the model over from it.
+`init_from`, the folder of that one's run, and takes the model over from it. `init_from` may also be a checkpoint of
+LLaVA (`mm_projector.bin`, a folder with adapters, a whole model) or of XTuner (`iter_N.pth`, the folder made of it):
+then add `model.llm=DIR model.vision=DIR model.family=NAME`. A whole model in the Hugging Face layout brings its own.
 
 - **batch** is samples in a forward pass × micro-steps × GPUs. Other `scale.workers` compute the same.
 - **schedule** says whose: the Trainer counts optimizer steps, mmengine micro-steps (`optim.schedule`). All warm up

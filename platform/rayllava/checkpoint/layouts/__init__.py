@@ -85,7 +85,7 @@ class Found:
     """What a checkpoint holds of a LLaVA: all of it, its projector, adapters, ..."""
 
     files: tuple[Path, ...]
-    """All that was read."""
+    """All that was read and decides about the weights."""
     weights: tuple[Weight, ...]
     translated: bool = False
     """Whether names are those of transformers' classes even for models that came with code of their own, see

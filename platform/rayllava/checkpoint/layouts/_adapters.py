@@ -78,8 +78,8 @@ def products(held: Mapping[str, Held], scale: Scale, *, said: str) -> Iterator[t
         yield f"{name}.weight", pair["A"][0], _Product(pair["A"][1], pair["B"][1], scale)
 
 
-def read_adapter(folder: Path) -> tuple[Path, list[tuple[str, str, Held]]]:
-    """Return the file of an adapter's folder, and its `products`."""
+def read_adapter(folder: Path) -> tuple[list[Path], list[tuple[str, str, Held]]]:
+    """Return the files of an adapter's folder, and its `products`."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     for key, plain in _PLAIN.items():
         if config.get(key, plain) not in (plain, None):
@@ -91,4 +91,4 @@ def read_adapter(folder: Path) -> tuple[Path, list[tuple[str, str, Held]]]:
         raise ValueError(f"{folder} lacks adapter_model.safetensors, or lora_alpha in its adapter_config.json")
     scale = Scale(float(config["lora_alpha"]), bool(config.get("use_rslora")))
     path = folder / names[0]
-    return path, list(products(open_weights(path), scale, said=str(path)))
+    return [folder / "adapter_config.json", path], list(products(open_weights(path), scale, said=str(path)))

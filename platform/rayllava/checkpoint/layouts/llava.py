@@ -41,16 +41,17 @@ def detect(path: Path) -> bool:
 def find(path: Path, *, field: str = "MODEL") -> Found:
     """Find the projector, the adapters, or the whole model that a file or folder holds."""
     if (path / "adapter_config.json").is_file() and (path / _TRAINED).is_file():
-        adapter, products = read_adapter(path)
-        added = [Weight("llm", name, product, said, adds=True) for name, said, product in products]
+        adapter, found = read_adapter(path)
+        added = [Weight("llm", name, product, said, adds=True) for name, said, product in found]
         whole = _weights(open_weights(path / _TRAINED), tower=False)
-        return Found((adapter, path / _TRAINED), (*added, *whole))
+        return Found((*adapter, path / _TRAINED), (*added, *whole))
     if path.is_file() or (path / _PROJECTOR).is_file():
         files = [path if path.is_file() else path / _PROJECTOR]
-    else:
-        files = weight_files(path, field=field)
+        return Found(tuple(files), tuple(_weights(open_weights(files[0]), tower=False)))
+    files = weight_files(path, field=field)
     tower = bool(_config(path).get("unfreeze_mm_vision_tower"))
-    return Found(tuple(files), tuple(w for file in files for w in _weights(open_weights(file), tower=tower)))
+    weights = [weight for file in files for weight in _weights(open_weights(file), tower=tower)]
+    return Found((path / "config.json", *files), tuple(weights))
 
 
 def _weights(held: dict[str, Held], *, tower: bool) -> Iterator[Weight]:

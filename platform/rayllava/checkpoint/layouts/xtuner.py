@@ -56,8 +56,8 @@ def find(path: Path, *, field: str = "MODEL") -> Found:
 
     def fold(folder: Path, part: Part) -> None:
         if (folder / "adapter_config.json").is_file():
-            file, found = read_adapter(folder)
-            files.append(file)
+            read, found = read_adapter(folder)
+            files.extend(read)
             weights.extend(Weight(part, _within(part, name), held, said, adds=True) for name, said, held in found)
 
     if _is_projector(path):
