@@ -57,15 +57,16 @@ def copy_of(source: str, version: str, fill: Callable[[Path], None]) -> Path:
     return target
 
 
-def local(folder: Place, *, keep: Callable[[str], bool] = lambda name: True) -> Path:
+def local(folder: Place, *, keep: Callable[[Iterable[str]], Iterable[str]] = list) -> Path:
     """Return the folder itself where it is on a disk, else a copy of what it holds now; FileNotFoundError if nothing.
 
-    `keep` says by their names from the folder which files are copied. A store is asked for the list of its files
-    every time, for their bytes once a node.
+    `keep` chooses the files that are copied, by their names from the folder. A store is asked for the list of its
+    files every time, for their bytes once a node.
     """
     if not folder.remote:
         return folder.local
-    stamps = {name: stamp for name, stamp in folder.stamps().items() if keep(name)}
+    stamps = folder.stamps()
+    stamps = {name: stamps[name] for name in keep(stamps)}
     if not stamps:
         raise FileNotFoundError(f"{folder} holds no file")
     sizes = {name: size for name, (size, _) in stamps.items()}

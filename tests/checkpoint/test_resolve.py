@@ -57,7 +57,7 @@ def test_a_hub_id_is_pinned_to_a_commit_and_then_needs_no_network(hub: Hub, part
     model = resolve.pinned(named(parts, "acme/llm"))
     assert model.llm == f"acme/llm@{OLD}"
     folder = resolve.folder(model.llm)
-    assert {path.name for path in folder.iterdir()} == {path.name for path in llm.iterdir() if hubs.wanted(path.name)}
+    assert {path.name for path in folder.iterdir()} == set(hubs.wanted(path.name for path in llm.iterdir()))
     assert hub.gets["model.safetensors"] == 1 and not {"pytorch_model.bin"} & hub.gets.keys()
     assert resolve.digests(model.llm, field="model.llm") == resolve.digests(str(llm), field="model.llm")
     asked, hub.commit = hub.asked, NEW
@@ -65,6 +65,13 @@ def test_a_hub_id_is_pinned_to_a_commit_and_then_needs_no_network(hub: Hub, part
     assert again == model and resolve.folder(again.llm) == folder
     assert hub.asked == asked, "a run that is continued asked the hub again"
     assert resolve.pinned(named(parts, "acme/llm@main"), before=model).llm == f"acme/llm@{NEW}"
+
+
+def test_weights_that_are_there_in_no_other_form_are_fetched_as_torch_saved_them(hub: Hub, llm: Path) -> None:
+    (llm / "model.safetensors").unlink()
+    folder = resolve.folder(f"acme/llm@{OLD}")
+    assert (folder / "pytorch_model.bin").read_bytes() == b"pickle"
+    assert not (folder / "model.safetensors").exists()
 
 
 def test_processes_of_a_node_download_once(hub: Hub, tmp_path: Path) -> None:
@@ -125,7 +132,7 @@ def test_a_part_in_a_store_is_fetched_without_what_nobody_reads(
     assert model.llm == place.text
     folder = resolve.folder(model.llm)
     assert folder.is_relative_to(tmp_path / "tmp")
-    assert {path.name for path in folder.iterdir()} == {path.name for path in llm.iterdir() if hubs.wanted(path.name)}
+    assert {path.name for path in folder.iterdir()} == set(hubs.wanted(path.name for path in llm.iterdir()))
     expected = {"llm": resolve.digests(str(llm), field="model.llm")}
     resolve.check(model, expected)
     config = (llm / "config.json").read_bytes()

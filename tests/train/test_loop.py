@@ -74,7 +74,7 @@ def test_a_run_killed_and_continued_by_as_many_ranks_has_the_same_bits(
 def test_a_loss_that_is_no_number_stops_before_the_weights_move_and_names_its_sample(
     parts: ModelSpec, tmp_path: Path
 ) -> None:
-    """The third sample of an atom of step 3, on the second of two ranks, holds a token whose embedding is no number."""
+    """The third sample of an atom of step 3, on the second of two ranks, holds a token without a number."""
     token = 3
     llm = poison(Path(parts.llm), tmp_path / "llm", token)
     made = training.recipe(parts.but(llm=str(llm)), 2, tuning=Projector())
@@ -83,7 +83,9 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_move_and_names_its_sa
     write_run(run, RunManifest(recipe=made, processor=training.SPEC, shards_digest="", num_steps=3))
     first, second = run_ranks("tests.train.training:poisoned", 2, {"run": made.out, "token": token})
     assert first["said"] == second["said"]
-    assert first["said"].startswith("loss is nan at step 3, from samples 20, 21, 22, 23; the weights are those of step 2; ")
+    assert first["said"].startswith(
+        "loss is nan at step 3, from samples 20, 21, 22, 23; the weights are those of step 2; "
+    )
     assert first["same"] and second["same"] and first["num"] + second["num"] == 4
 
 

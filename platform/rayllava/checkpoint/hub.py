@@ -13,6 +13,7 @@ import hashlib
 import logging
 import re
 import shutil
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ _ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ALLOW = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 _IGNORE = ["*/*", "consolidated*"]
-"""What a model is read from. Pickled weights never are, nor the same weights in other projects' names."""
+"""What a model is read from; `consolidated` are the same weights in other projects' names."""
+_ELSE = "pytorch_model*.bin"
+"""Where there are no safetensors, which is so with what was published before there were any, such as Vicuna."""
 
 
 def parse(reference: str) -> tuple[str, str] | None:
@@ -34,9 +37,11 @@ def parse(reference: str) -> tuple[str, str] | None:
     return (match["id"], match["revision"] or "") if match else None
 
 
-def wanted(name: str) -> bool:
-    """Say whether a model is read from this file, named from the folder of the model."""
-    return any(fnmatchcase(name, p) for p in _ALLOW) and not any(fnmatchcase(name, p) for p in _IGNORE)
+def wanted(names: Iterable[str]) -> list[str]:
+    """Return which of a model's files it is read from; they are named from its folder."""
+    names = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in _IGNORE)]
+    allowed = [*_ALLOW] if any(fnmatchcase(name, "*.safetensors") for name in names) else [*_ALLOW, _ELSE]
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in allowed)]
 
 
 def commit_of(id_: str, revision: str) -> str:
@@ -92,14 +97,14 @@ def _download(id_: str, commit: str, folder: Path) -> None:
             super().__init__(*words, **more | {"disable": True})
 
     listed = HfApi().model_info(id_, revision=commit, files_metadata=True).siblings or []
-    files = {file.rfilename: file for file in listed if wanted(file.rfilename)}
+    files = {file.rfilename: file for file in listed}
+    files = {name: files[name] for name in wanted(files)}
     with copies.watched(f"downloading {id_}", folder, num_bytes=sum(file.size or 0 for file in files.values())):
         snapshot_download(
             id_,
             revision=commit,
             local_dir=folder,
-            allow_patterns=_ALLOW,
-            ignore_patterns=_IGNORE,
+            allow_patterns=list(files),
             tqdm_class=Silent,
         )
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes
