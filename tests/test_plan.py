@@ -25,7 +25,7 @@ LAYERS = [
     ["checkpoint", "prompt", "recipes"],
     ["copies"],
     ["families", "fetch", "place"],
-    ["records", "recipe", "shelf", "log", "durable", "progress"],
+    ["records", "recipe", "shelf", "log", "durable", "page", "progress"],
     ["spec"],
 ]
 """Import to a later line only, never from a neighbour on the same line."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 from rayllava import durable
+from rayllava.page import data_url, drawing, page, table
 from rayllava.place import Place
 from rayllava.train.meter import read_metrics
 
@@ -27,7 +26,7 @@ def write_report(out: Path, report: dict[str, Any]) -> None:
 <p>A very small LLaVA, trained from scikit-learn's handwritten digits to an OpenAI-compatible
 endpoint in {total / 60:.1f} minutes. Everything below is about digits that no training step has seen.</p>
 <h2>Scores</h2>
-{_table(["", *_COLUMNS.values()], [[name, *_cells(row)] for name, row in scores.items()])}
+{table(["", *_COLUMNS.values()], [[name, *_cells(row)] for name, row in scores.items()])}
 <h2>Loss</h2>
 {_curves(out)}
 <h2>Held-out pictures</h2>
@@ -36,15 +35,15 @@ endpoint in {total / 60:.1f} minutes. Everything below is about digits that no t
 <h2>Served</h2>
 <p>The NF4 model behind Ray Serve, asked by the openai client, once plain and once streaming; both equal the
 offline engine's answer.</p>
-{_table(["picture", "question", "answer"], [_served(row) for row in report["served"]["answers"]])}
+{table(["picture", "question", "answer"], [_served(row) for row in report["served"]["answers"]])}
 <h2>Export</h2>
 <p>The exported Hugging Face folder, loaded by plain transformers, differs from the trained model by at most
 {report["proof"]["max_abs_logit_diff"]:.1e} in any logit.</p>
 <h2>Time</h2>
-{_table(["phase", "seconds"], [*_seconds(report["seconds"]), ["<b>total</b>", f"<b>{total:.0f}</b>"]])}
+{table(["phase", "seconds"], [*_seconds(report["seconds"]), ["<b>total</b>", f"<b>{total:.0f}</b>"]])}
 <h2>Versions</h2>
-{_table(["package", "version"], [[html.escape(k), html.escape(v)] for k, v in report["versions"].items()])}"""
-    durable.write_text(out / "report.html", _PAGE.replace("BODY", body))
+{table(["package", "version"], [[html.escape(k), html.escape(v)] for k, v in report["versions"].items()])}"""
+    durable.write_text(out / "report.html", page("RayLLaVA quickstart", body))
 
 
 def _cells(row: dict[str, float]) -> list[str]:
@@ -59,29 +58,18 @@ def _served(row: dict[str, str]) -> list[str]:
     return [html.escape(row["image"]), html.escape(row["text"].splitlines()[0]), html.escape(row["answer"])]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
-    return "<table>" + "\n".join(lines) + "</table>"
-
-
 def _curves(out: Path) -> str:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
+    figure = Figure(figsize=(9, 3), constrained_layout=True)
+    axes = figure.subplots(1, 2)
     stages = {"pretrain": "stage 1: projector", "finetune": "stage 2: projector and language model"}
     for axis, (stage, title) in zip(axes, stages.items(), strict=True):
         entries = read_metrics(Place(str(out / stage / "metrics.jsonl")))
         axis.plot([entry["step"] for entry in entries], [entry["loss"] for entry in entries], color="#2a6f97")
         axis.set(title=title, xlabel="step", ylabel="loss per target token", yscale="log")
         axis.grid(alpha=0.3, which="both")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return f'<img class="curves" alt="loss curves" src="{_url(buffer.getvalue(), "png")}">'
+    return drawing(figure, "loss curves")
 
 
 def _wall(out: Path) -> str:
@@ -102,28 +90,9 @@ def _wall(out: Path) -> str:
         answer = predictions[question.id].text.strip()
         right = normalise_m4c(answer) == normalise_m4c(truth)
         figures.append(
-            f'<figure><img alt="picture" src="{_url(question.images[0], "jpeg")}"><figcaption>'
+            f'<figure><img alt="picture" src="{data_url(question.images[0], "jpeg")}"><figcaption>'
             f"{html.escape(question.text.splitlines()[0])}<br>"
             f'<b class="{"good" if right else "bad"}">{html.escape(answer)}</b>'
             f"{'' if right else f' (truth: {html.escape(truth)})'}</figcaption></figure>"
         )
     return "\n".join(figures[:_NUM_PICTURES])
-
-
-def _url(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>RayLLaVA quickstart</title><style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; } th, td { padding: .2em 1em .2em 0; text-align: left; }
-th { border-bottom: 1px solid #999; } tr + tr td { border-top: 1px solid #eee; }
-.curves { max-width: 100%; }
-.wall { display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); gap: 1em; }
-figure { margin: 0; font-size: 13px; } figure img { width: 100%; border-radius: 4px; }
-.good { color: #17702f; } .bad { color: #b3261e; }
-</style></head><body>
-BODY
-</body></html>
-"""
