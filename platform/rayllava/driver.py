@@ -85,16 +85,25 @@ def read_recipe(name: str, fields: list[str]) -> Recipe:
         value = recipe.data.shards if field == "data" else recipe.out
         if not value:
             raise ValueError(f"{field} is not set; add {field}=DIR")
+    watch = recipe.watch
     return recipe.but(
         out=absolute(recipe.out),
-        init_from=absolute(recipe.init_from) if recipe.init_from else "",
+        init_from=_absolute(recipe.init_from),
         data=recipe.data.but(shards=absolute(recipe.data.shards)),
+        watch=watch.but(
+            shards=_absolute(watch.shards),
+            questions=[(_absolute(picture), question) for picture, question in watch.questions],
+        ),
     )
 
 
 def absolute(folder: str) -> str:
     """Return a path that means the same in every process; addresses with a scheme stay as they are."""
     return folder if "://" in folder else str(Path(folder).absolute())
+
+
+def _absolute(path: str) -> str:
+    return absolute(path) if path else ""
 
 
 def train(doc: str | None, argv: list[str]) -> None:

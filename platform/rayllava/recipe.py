@@ -254,6 +254,23 @@ class SaveSpec(Spec):
     """Checkpoints that stay on disk."""
 
 
+class WatchSpec(Spec):
+    """What is looked at while it trains: costs time, changes nothing. Without shards and questions nothing is."""
+
+    every: int = Field(500, ge=1)
+    """Optimizer steps between two looks; there is one before the first step and one after the last too."""
+    shards: str = ""
+    """Folder that `jobs/shard.py` wrote from samples that do not train: their mean loss is taken."""
+    samples: int = Field(256, ge=1)
+    """Most samples whose loss is taken: the first of `shards`, which lie in random order."""
+    questions: tuple[tuple[str, str], ...] = ()
+    """[picture, question] pairs to be answered; an empty picture asks without one."""
+    shown: int = Field(4, ge=0)
+    """Samples of `shards` whose question is answered when `questions` is empty, the right answer beside it."""
+    max_new_tokens: int = Field(100, ge=1)
+    """Longest answer. Decoding is greedy."""
+
+
 class Recipe(Spec):
     """Everything that defines a training run."""
 
@@ -266,6 +283,7 @@ class Recipe(Spec):
     optim: OptimSpec
     scale: ScaleSpec = ScaleSpec()
     save: SaveSpec = SaveSpec()
+    watch: WatchSpec = WatchSpec()
     out: str = ""
     """The run's folder (RUN). The same command run again continues what is there."""
     init_from: str = ""

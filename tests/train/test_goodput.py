@@ -18,6 +18,7 @@ def line(step: int, time: float, *, attempt: int = 1, world_size: int = 2, **par
         "seconds": parts.get("seconds", 1.0),
         "data_seconds": parts.get("data", 0.0),
         "save_seconds": parts.get("save", 0.0),
+        "watch_seconds": parts.get("watch", 0.0),
     }
 
 
@@ -32,13 +33,14 @@ def test_every_second_has_one_place() -> None:
     lines = [line(step, 10.0 + step) for step in range(1, 11)]  # until second 20
     lines += [line(8, 45.0, attempt=2, world_size=1, seconds=2.0)]  # steps 8 to 10 again, after a wait of 15 s
     lines += [line(step, 45.0 + 2 * (step - 8), attempt=2, world_size=1, seconds=2.0) for step in (9, 10, 11)]
-    lines += [line(12, 56.0, attempt=2, world_size=1, seconds=5.0, data=2.0, save=1.0)]
+    lines += [line(12, 60.0, attempt=2, world_size=1, seconds=9.0, data=2.0, save=1.0, watch=4.0)]
     found = account(lines, {1: 0.0, 2: 38.0}, [(22.0, 37.0)])
-    assert found.wall == 56 and found.waiting == 15
+    assert found.wall == 60 and found.waiting == 15
     assert found.useful == 7 * 1.0 + 5 * 2.0
-    assert (found.data, found.save, found.lost) == (2.0, 1.0, 3.0)
-    assert found.useful + found.data + found.save + found.lost + found.restart + found.waiting == found.wall
-    assert found.goodput == pytest.approx(17 / 41)
+    assert (found.data, found.save, found.watch, found.lost) == (2.0, 1.0, 4.0, 3.0)
+    parts = found.useful + found.data + found.save + found.watch + found.lost + found.restart + found.waiting
+    assert parts == found.wall
+    assert found.goodput == pytest.approx(17 / 45)
     assert found.recoveries == (pytest.approx(45 - 20 - 15),)
 
 

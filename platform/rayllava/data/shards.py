@@ -78,17 +78,17 @@ class ShardManifest:
     """Of everything a sample can be read from; the same wherever the folder lies."""
 
     @classmethod
-    def load(cls, folder: Place | Path | str) -> Self:
-        """Read DIR/manifest.json; a folder without one is a ValueError with the cure."""
+    def load(cls, folder: Place | Path | str, *, field: str = "data") -> Self:
+        """Read DIR/manifest.json; a folder without one is a ValueError with the cure, under the field's name."""
         folder = folder if isinstance(folder, Place) else Place(str(folder))
         path = folder / MANIFEST
         if not path.is_file():
-            raise ValueError(f"data={folder} is not a shard folder (no {MANIFEST}); make one with jobs/shard.py")
+            raise ValueError(f"{field}={folder} is not a shard folder (no {MANIFEST}); make one with jobs/shard.py")
         try:
             tree = json.loads(path.read_bytes())
             if tree["format"] != FORMAT:
                 raise ValueError(
-                    f"data={folder} has shard format {tree['format']}, this version reads {FORMAT}; "
+                    f"{field}={folder} has shard format {tree['format']}, this version reads {FORMAT}; "
                     "make it again with jobs/shard.py"
                 )
             shards = tuple(Shard(**shard) for shard in tree.pop("shards"))

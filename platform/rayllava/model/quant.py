@@ -44,6 +44,17 @@ def quantize(
     return [f"model.language_model.{name}" for name in names]
 
 
+def rest(model: nn.Module) -> None:
+    """Switch off dropout and all else that only training does, in a model that goes on training afterwards.
+
+    NF4 layers stay in training mode: evaluated on a CPU they would rewrite their weights into another layout.
+    """
+    model.eval()
+    for module in model.modules():
+        if hasattr(module, "quant_state"):
+            module.train()
+
+
 def check_quant(kind: str) -> None:
     """Raise ValueError when there is no such precision."""
     if kind not in get_args(Quant):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from rayllava.model.build import read_tensors
 from rayllava.model.forward import LossModel, tensors
+from rayllava.model.normalise import normalise
+from rayllava.model.quant import rest
 from rayllava.model.tuning import parameter_groups
 from rayllava.recipe import Recipe
 from rayllava.records import Batch
@@ -42,8 +45,7 @@ class Engine:
         self.zero = recipe.scale.zero
         if recipe.scale.checkpointing:
             model.recompute()
-        model.train()
-        model.llava.model.vision_tower.train(model.tower_trains)
+        _train(model)
         optim = recipe.optim
         optimizer = torch.optim.AdamW(parameter_groups(model, optim), betas=optim.betas, eps=optim.eps)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
@@ -81,6 +83,49 @@ class Engine:
         """Global gradient norm of the last step before clipping; None under ZeRO-0, which does not keep it."""
         norm = self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    # -- looking without training: no gradient, no dropout, nothing moved; all collective -------------------
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Hold the model still inside the block, for `loss` and `answer`."""
+        model = self.deepspeed.module
+        rest(model)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            _train(model)
+
+    def loss(self, batch: Batch) -> float:
+        """Return the summed loss of a batch. Under ZeRO-3 every rank must come with one."""
+        return float(self.deepspeed(**tensors(batch, self.device)))
+
+    def answer(self, ids: Tensor, mask: Tensor, pixels: Tensor, *, max_new_tokens: int) -> Tensor:
+        """Return greedy continuations, (B, at most max_new_tokens), padded behind their stop token.
+
+        ids and mask (B, T) int64 with padding on the left; pixels (N, 3, S, S) uint8 in textual order. Every rank
+        must come with a batch; they go on until the last has ended.
+        """
+        from transformers import GenerationConfig
+
+        llava, spec = self.deepspeed.module.llava, self.deepspeed.module.spec
+        greedy = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(spec.stop_token_ids),
+            pad_token_id=spec.pad_token_id,
+        )
+        dtype = llava.get_input_embeddings().weight.dtype
+        pictures = normalise(pixels.to(self.device), spec, dtype=dtype) if len(pixels) else None
+        said = llava.generate(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            pixel_values=pictures,
+            generation_config=greedy,
+            synced_gpus=self.world_size > 1,
+        )
+        return said[:, ids.shape[1] :].cpu()
 
     # -- state without a world size ----------------------------------------------------------------------
 
@@ -170,6 +215,12 @@ class Engine:
         for name, parameter in self.deepspeed.module.llava.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
+
+
+def _train(model: LossModel) -> None:
+    """Put the model in training mode, a tower that stays as it is apart."""
+    model.train()
+    model.llava.model.vision_tower.train(model.tower_trains)
 
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:

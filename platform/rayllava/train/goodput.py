@@ -7,6 +7,7 @@
     useful    steps of the newest count of each, without their waits: as they would take undisturbed
     data      waiting for the stream
     save      held up by checkpoints
+    watch     validation and sample answers
     lost      steps that were done again
     restart   all the rest: noticing a loss, starting processes, importing, building the model, the first batch
 
@@ -36,20 +37,21 @@ class Goodput(NamedTuple):
     useful: float
     data: float
     save: float
+    watch: float
     lost: float
     restart: float
     recoveries: tuple[float, ...]
     """From the last step of an attempt to the end of the first step of the next, waiting apart."""
 
     def text(self) -> str:
-        parts = ("useful", "data", "save", "lost", "restart", "waiting")
+        parts = ("useful", "data", "save", "watch", "lost", "restart", "waiting")
         told = ", ".join(f"{name} {getattr(self, name):.0f}" for name in parts)
         return f"goodput {self.goodput:.1%} of {self.wall:.0f} s: {told}"
 
 
-def measure(run: Place) -> Goodput | None:
-    """Return the account of a run from its own files; None before its first step."""
-    lines = read_lines(run / "metrics.jsonl")
+def measure(run: Place, lines: list[dict[str, Any]] | None = None) -> Goodput | None:
+    """Return the account of a run from its own files, its metrics lines if they are at hand; None before a step."""
+    lines = read_lines(run / "metrics.jsonl") if lines is None else lines
     if not lines:
         return None
     waits = [json.loads(place.read_bytes()) for place in (run / "waits").files((".json",))]
@@ -78,6 +80,7 @@ def account(lines: list[dict[str, Any]], decided: dict[int, float], waits: list[
     useful = sum(usual[line["world_size"]] for line in counted.values())
     data = sum(line["data_seconds"] for line in counted.values())
     save = sum(line["save_seconds"] for line in counted.values())
+    watch = sum(line.get("watch_seconds", 0.0) for line in counted.values())
     lost = sum(line["seconds"] for line in lines if counted[line["step"]] is not line)
     recoveries = [
         after["time"]
@@ -92,14 +95,15 @@ def account(lines: list[dict[str, Any]], decided: dict[int, float], waits: list[
         useful=useful,
         data=data,
         save=save,
+        watch=watch,
         lost=lost,
-        restart=max(0.0, wall - waiting - useful - data - save - lost),
+        restart=max(0.0, wall - waiting - useful - data - save - watch - lost),
         recoveries=tuple(recoveries),
     )
 
 
 def _work(line: dict[str, Any]) -> float:
-    return float(line["seconds"] - line["data_seconds"] - line["save_seconds"])
+    return float(line["seconds"] - line["data_seconds"] - line["save_seconds"] - line.get("watch_seconds", 0.0))
 
 
 def _seams(lines: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

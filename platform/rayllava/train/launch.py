@@ -20,8 +20,8 @@ import ray.train
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
+from rayllava import copies, versions
 from rayllava import log as log_
-from rayllava import versions
 from rayllava.checkpoint import resolve, store
 from rayllava.checkpoint import run as runs
 from rayllava.checkpoint.lease import Lease
@@ -33,8 +33,9 @@ from rayllava.data.shards import ShardManifest
 from rayllava.data.stream import StreamSpec
 from rayllava.place import Place
 from rayllava.prompt.assemble import assemble
+from rayllava.prompt.encode import Processor
 from rayllava.recipe import ModelSpec, Recipe, load
-from rayllava.train import goodput, spares
+from rayllava.train import goodput, spares, watch
 from rayllava.train.elastic import ElasticTrainer
 from rayllava.train.meter import Watch
 
@@ -47,7 +48,7 @@ _RAY = {
 }
 """How Ray Train's controller works under our policies."""
 
-_FREE_TO_CHANGE = ("scale", "save", "fresh", "name", "after")
+_FREE_TO_CHANGE = ("scale", "save", "watch", "fresh", "name", "after")
 """Parts of a recipe that a continued run may state differently: they do not change what is computed."""
 
 
@@ -84,6 +85,7 @@ def prepare(recipe: Recipe) -> RunManifest:
         )
         if origin:
             check_start(origin, parts, processor)
+        watch.check(recipe.watch, Processor(processor, folder / "tokenizer"))
         if begun:
             _clear(run)
         (run / "tokenizer").take_dir(folder / "tokenizer", last="tokenizer_config.json")
@@ -144,6 +146,7 @@ def _train(manifest: RunManifest, *, driver: str) -> RunManifest:
             datasets={"train": ray.data.range(1)},
             dataset_config=AttemptFeed(run, driver),
         )
+        runs.write_run(run, manifest)  # workers read the recipe there, and a continued run may state another scale
         with Watch(run / "metrics.jsonl", num_steps=manifest.num_steps, title=run.name):
             trainer.fit()
     ray.get(ray.remote(_export).remote(run.text))
@@ -283,6 +286,7 @@ def _continued(recipe: Recipe, shards: ShardManifest, run: Place, origin: Origin
         raise ValueError(f"data={recipe.data.shards} changed since out={run} began; {cure}")
     if before.origin != origin:
         raise ValueError(f"init_from={recipe.init_from} changed since out={run} began; {cure}")
+    watch.check(recipe.watch, Processor(before.processor, copies.local(run / "tokenizer")))
     return before.but(recipe=recipe)
 
 
@@ -302,7 +306,7 @@ def _clear(run: Place) -> None:
     with Lease(run):
         for name in ("attempts", "checkpoints", "export", "ledger", "tokenizer", "waits"):
             (run / name).remove()
-        for name in ("goodput.json", "ledger.jsonl", "metrics.jsonl", LENGTHS, "manifest.json"):
+        for name in ("goodput.json", "ledger.jsonl", "metrics.jsonl", watch.FILE, LENGTHS, "manifest.json"):
             (run / name).remove()
 
 

@@ -31,6 +31,7 @@ from rayllava.train import signals
 from rayllava.train.engine import Engine
 from rayllava.train.meter import Meter
 from rayllava.train.optim import lr_factor
+from rayllava.train.watch import Watch
 from rayllava.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def run(
     saver = Saver(store, attempt=decision.attempt, keep=recipe.save.keep, **world)
     with Watchdog(limit_s=recipe.scale.hang_s, **world) as watchdog:
         loop = _Loop(manifest, decision, engine, saver, watchdog, started={"worker": born, "engine": time.time()})
+        loop.look(started=True)
         for step, epoch, atoms, rejected in feed:
             loop.step(step, epoch, atoms, rejected)
         assert loop.done >= manifest.num_steps, f"the feed ended after step {loop.done} of {manifest.num_steps}"
@@ -98,7 +100,8 @@ class _Loop:
         self.num_rejected = 0.0
         self.waited = time.monotonic()
         self.pace = 0.0
-        self.stall = 0.0
+        self.stall = self.watched = 0.0
+        self.watch = Watch(manifest, engine)
         self.meter = Meter(Place(self.recipe.out) / "metrics.jsonl") if engine.rank == 0 else None
         signals.clear()
 
@@ -106,6 +109,7 @@ class _Loop:
         """Do a step, 0-based, and whatever is due after it."""
         recipe, engine = self.recipe, self.engine
         began = time.monotonic()
+        fed = began - self.waited - self.watched  # what was watched by now was it before an attempt's first step
         self.watchdog.at(step + 1, "count")
         targets, samples, left_out, asked, positions, real = engine.sum(
             sum(atom.num_targets for atom in atoms),
@@ -117,7 +121,7 @@ class _Loop:
         )
         if asked:
             self._save_and_hold()
-            began = self.waited = time.monotonic()
+            self.waited, fed, self.watched = time.monotonic(), 0.0, 0.0
         self.num_rejected += left_out
         _check_rejected(rejected, self.num_rejected, self.manifest)
         if not targets:
@@ -147,6 +151,7 @@ class _Loop:
         self.done = step + 1
         self.entries.append(_entry(step, epoch, atoms, rejected, self.decision))
         self._save_if_due()
+        self.look()
         now = time.monotonic()
         seconds = now - self.waited
         if self.meter:
@@ -164,16 +169,24 @@ class _Loop:
                 world_size=engine.world_size,
                 attempt=self.decision.attempt,
                 seconds=seconds,
-                data_seconds=began - self.waited,
+                data_seconds=fed,
                 save_seconds=self.stall,
+                watch_seconds=self.watched,
                 time=time.time(),
                 **({"started": self.started | {"step": time.time() - seconds}} if self.started else {}),
             )
-        self.started, self.stall = {}, 0.0
+        self.started, self.stall, self.watched = {}, 0.0, 0.0
         self.pace = 0.9 * self.pace + 0.1 * seconds if self.pace else seconds
         signals.tell(step=self.done, num_steps=self.manifest.num_steps, step_seconds=self.pace)
         self.waited = now
         self.watchdog.at(self.done, "data")
+
+    def look(self, *, started: bool = False) -> None:
+        """Look at the model where that is due; `started` before an attempt's first step."""
+        began = time.monotonic()
+        if self.watch.due(self.done, started=started):
+            self.watch.look(self.done, self.decision.attempt, beat=lambda: self.watchdog.at(self.done, "watch"))
+            self.watched += time.monotonic() - began
 
     def close(self) -> None:
         if self.meter:

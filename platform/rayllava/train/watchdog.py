@@ -26,7 +26,7 @@ _TELL_S = 5.0
 EXIT = 70
 """Exit code of a worker that was ended for it."""
 
-PHASES = ("data", "count", "backward", "step", "save", "hold")
+PHASES = ("data", "count", "backward", "step", "save", "watch", "hold")
 """What a step consists of, in order."""
 
 
