@@ -148,8 +148,9 @@ def test_every_plug_loads() -> None:
     from rayllava.evals.benchmark import BENCHMARKS
     from rayllava.families import FAMILIES
     from rayllava.prompt.chat import TEMPLATES
+    from rayllava.train.tracks import TRACKERS
 
-    shelves: list[Shelf] = [LAYOUTS, sources, BENCHMARKS, FAMILIES]
+    shelves: list[Shelf] = [LAYOUTS, sources, BENCHMARKS, FAMILIES, TRACKERS]
     for shelf in shelves:
         assert len(shelf) >= 1
         for key in shelf:

@@ -53,13 +53,14 @@ class Progress:
         row, now = self._rows[name], time.monotonic()
         row.done = done
         rate = (done - row.before) / max(now - row.started, 1e-3)
-        self._bars.update(row.task, completed=done, rate=f"{rate:.1f} {self.unit}/s", note=note)
+        pace = _pace(rate, self.unit)
+        self._bars.update(row.task, completed=done, rate=pace, note=note)
         ended = done >= row.total
         if self._logs and (ended or now - row.spoke >= _LOG_EVERY_S) and not row.ended:
             row.spoke, row.ended = now, ended
-            left = f", {(row.total - done) / rate:.0f} s left" if rate and not ended else ""
+            left = f", {_span((row.total - done) / rate)} left" if rate and not ended else ""
             tail = f", {note}" if note else ""
-            log.info("%s: %d of %d, %.1f %s/s%s%s", name, done, row.total, rate, self.unit, left, tail)
+            log.info("%s: %d of %d, %s%s%s", name, done, row.total, pace, left, tail)
 
     def advance(self, name: str, count: int = 1) -> None:
         self.at(name, self._rows[name].done + count)
@@ -72,6 +73,19 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+
+
+def _pace(rate: float, unit: str) -> str:
+    """Return how many things a second, or how many seconds a thing where that is the larger number."""
+    return f"{1 / rate:.1f} s a {unit.removesuffix('s')}" if 0 < rate < 0.5 else f"{rate:.1f} {unit}/s"
+
+
+def _span(seconds: float) -> str:
+    """Return seconds, or hours and minutes where there are many."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
 class _Row:

@@ -284,6 +284,8 @@ class Recipe(Spec):
     scale: ScaleSpec = ScaleSpec()
     save: SaveSpec = SaveSpec()
     watch: WatchSpec = WatchSpec()
+    track: tuple[str, ...] = ()
+    """Keys of rayllava.train.tracks that the run's numbers go to beside TensorBoard: wandb, mlflow."""
     out: str = ""
     """The run's folder (RUN). The same command run again continues what is there."""
     init_from: str = ""
@@ -295,6 +297,11 @@ class Recipe(Spec):
     fresh: bool = False
     """Start over although `out` already holds a run."""
     seed: int = 42
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

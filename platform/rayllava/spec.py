@@ -43,6 +43,27 @@ def override(spec: S, words: list[str]) -> S:
         raise ValueError(_one_line(type(spec), error, values)) from error
 
 
+def words(spec: Spec, base: Spec | None, *, prefix: str = "") -> list[str]:
+    """Return what `override` has to apply to `base` to get `spec`; without a base, a word for every leaf."""
+    found = []
+    for name in type(spec).model_fields:
+        mine, old = getattr(spec, name), getattr(base, name, None)
+        if base is not None and mine == old:
+            continue
+        if isinstance(mine, Spec):
+            found += words(mine, old if type(old) is type(mine) else None, prefix=f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}={_text(mine)}")
+    return found
+
+
+def _text(value: Any) -> str:
+    """Return the shortest text that `_value` reads as the value."""
+    if isinstance(value, str) and _value(value) == value:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _put(spec: Any, tree: dict[str, Any], path: str, text: str) -> str:
     """Set a leaf of the tree and return its full path."""
     branch = tree

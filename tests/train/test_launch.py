@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from rayllava.recipe import ModelSpec, Recipe
 from rayllava.train import launch
 from rayllava.train.audit import audit
 from rayllava.train.meter import read_metrics
+from tests.train.test_reporter import shown
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -213,6 +216,22 @@ def test_plain_transformers_gives_the_trained_models_logits(
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.image_mean, spec.image_std))
         theirs = plain(input_ids=ids, pixel_values=(pixels.float() / 255 - mean) / std).logits
     assert (ours - theirs).abs().max() <= 1e-4
+
+
+def test_a_run_explains_itself(killed_and_finished: tuple[Path, list[dict[str, float]]]) -> None:
+    out, _ = killed_and_finished
+    given = json.loads((out / "recipe.json").read_text())
+    python, job, name, *fields = shlex.split(given["command"])
+    assert (python, job, name) == ("python", "jobs/finetune.py", "tiny.finetune")
+    made = recipe.override(recipe.load(name), fields)
+    assert made == runs.read_run(Place(str(out))).recipe and made.model_dump(mode="json") == given["recipe"]
+    assert made.scale.workers == "1", "a continued run is what its last command says"
+    losses = {entry["step"]: entry["loss"] for entry in read_metrics(Place(str(out / "metrics.jsonl")))}
+    shown_ = shown(out / "tensorboard")["train/loss"]
+    assert shown_ == pytest.approx(losses, rel=1e-6)
+    report = (out / "report.html").read_text()
+    assert "120 of 120 steps" in report and "2 attempts on 1 and 2" in report and "http" not in report
+    assert json.loads((out / "goodput.json").read_text())["watch"] == 0
 
 
 def test_a_finished_run_is_left_alone(

@@ -211,6 +211,7 @@ def test_questions_of_ones_own_are_asked_instead(parts: ModelSpec, shards: Path,
         ('watch.questions=[["{tmp}/no.png", "what?"]]', r"^watch.questions=.*no.png cannot be asked \(No such file"),
         ('watch.questions=[["{file}", "what?"]]', r"^watch.questions=.*file cannot be asked \(image 1 of 1: "),
         ('watch.questions=["what?"]', r"^watch.questions.0=.*: input should be a valid tuple"),
+        ("track=nobody", r"no tracker 'nobody'; there are: .*tensorboard"),
     ],
 )
 def test_what_cannot_be_looked_at_is_named_before_anything_is_written(

@@ -7,7 +7,6 @@ worker   read that decision, assert that the first row belongs to it, run the lo
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
@@ -35,9 +34,9 @@ from rayllava.place import Place
 from rayllava.prompt.assemble import assemble
 from rayllava.prompt.encode import Processor
 from rayllava.recipe import ModelSpec, Recipe, load
-from rayllava.train import goodput, spares, watch
+from rayllava.train import report, spares, tracks, watch
 from rayllava.train.elastic import ElasticTrainer
-from rayllava.train.meter import Watch
+from rayllava.train.reporter import Reporter
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ _RAY = {
 }
 """How Ray Train's controller works under our policies."""
 
-_FREE_TO_CHANGE = ("scale", "save", "watch", "fresh", "name", "after")
+_FREE_TO_CHANGE = ("scale", "save", "watch", "track", "fresh", "name", "after")
 """Parts of a recipe that a continued run may state differently: they do not change what is computed."""
 
 
@@ -67,6 +66,7 @@ def prepare(recipe: Recipe) -> RunManifest:
     plan = Plan.of(shards, recipe.data.but(max_tokens=None), seed=recipe.seed)
     if not packs:  # how many atoms a packed step has is known once the lengths are measured
         plan.check_workers(recipe.scale.max_workers)
+    tracks.check(recipe.track)
     run = Place(recipe.out)
     run.check_writable()
     begun = (run / "manifest.json").exists()
@@ -147,16 +147,13 @@ def _train(manifest: RunManifest, *, driver: str) -> RunManifest:
             dataset_config=AttemptFeed(run, driver),
         )
         runs.write_run(run, manifest)  # workers read the recipe there, and a continued run may state another scale
-        with Watch(run / "metrics.jsonl", num_steps=manifest.num_steps, title=run.name):
+        report.write_recipe(run, recipe)
+        with Reporter(run, manifest):
             trainer.fit()
     ray.get(ray.remote(_export).remote(run.text))
     manifest = manifest.but(finished=True)
     runs.write_run(run, manifest)
-    spent = goodput.measure(run)
     log.info("finished %d steps; the model is in %s", manifest.num_steps, run / "export")
-    if spent:
-        (run / "goodput.json").write_bytes(json.dumps(spent._asdict(), indent=1).encode() + b"\n")
-        log.info("%s", spent.text())
     return manifest
 
 
@@ -303,10 +300,10 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _clear(run: Place) -> None:
     """Remove what a run wrote, and nothing else that may lie in its folder; ValueError while somebody trains it."""
+    folders = ("attempts", "checkpoints", "export", "ledger", "tokenizer", "waits", *tracks.TRACKERS)
+    files = ("goodput.json", "ledger.jsonl", "metrics.jsonl", LENGTHS, "recipe.json", "report.html", watch.FILE)
     with Lease(run):
-        for name in ("attempts", "checkpoints", "export", "ledger", "tokenizer", "waits"):
-            (run / name).remove()
-        for name in ("goodput.json", "ledger.jsonl", "metrics.jsonl", watch.FILE, LENGTHS, "manifest.json"):
+        for name in (*folders, *files, "manifest.json"):
             (run / name).remove()
 
 

@@ -1,14 +1,12 @@
-"""What a run says about itself: a line a step in RUN/metrics.jsonl, and the progress that a driver shows of it."""
+"""What a run says about itself: a line a step in RUN/metrics.jsonl, a line a look in RUN/watch.jsonl."""
 
 from __future__ import annotations
 
 import json
-import threading
 import time
-from typing import Any, Self
+from typing import Any
 
 from rayllava.place import Place
-from rayllava.progress import Progress
 
 _UPLOAD_S = 5.0
 """Between two looks of a store at what was written since."""
@@ -68,33 +66,25 @@ def read_metrics(place: Place) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
-class Watch:
-    """Shows a run's metrics file as progress while the block runs."""
+def speed(line: dict[str, Any]) -> float:
+    """Return the tokens a second of a metrics line: positions that are not padding, of all workers together."""
+    return float(line.get("tokens_per_second") or line["num_tokens"] / max(1e-9, line["seconds"]))
 
-    def __init__(self, place: Place, *, num_steps: int, title: str) -> None:
+
+class Tail:
+    """Reads a growing file of lines piece by piece."""
+
+    def __init__(self, place: Place) -> None:
         self.place = place
-        self.num_steps = num_steps
-        self.title = title
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._read = 0
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        entries = read_metrics(self.place)
-        with Progress("steps") as progress:
-            progress.add(self.title, total=self.num_steps, done=entries[-1]["step"] if entries else 0)
-            ended = False
-            while not ended:
-                ended = self._stop.wait(_UPLOAD_S if self.place.remote else 0.5)
-                entries = read_metrics(self.place)
-                if entries:
-                    last = entries[-1]
-                    note = f"loss {last['loss']:.3f}, {last['world_size']} workers"
-                    progress.at(self.title, last["step"], note=note)
+    def new(self) -> list[dict[str, Any]]:
+        """Return the whole lines that were written since the last call."""
+        if not self.place.is_file():
+            return []
+        with self.place.open() as file:
+            file.seek(self._read)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
