@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rayllava.train import tracks
 from rayllava.train.goodput import account
 from rayllava.train.meter import Meter, Tail
 from rayllava.train.reporter import note
-from rayllava.train.tracks import Follower
+from rayllava.train.tracks import Follower, Tracker
 from tests.data.store import bucket
 from tests.tiny import processor_spec
 
@@ -173,11 +174,68 @@ def test_a_recipe_as_words_is_the_recipe_again(name: str) -> None:
 
 
 def test_a_tracker_that_is_not_installed_names_the_extra() -> None:
-    for name in set(tracks.TRACKERS) - {"tensorboard"}:
+    lacking = [name for name in tracks.TRACKERS if find_spec(tracks.TRACKERS[name].package) is None]
+    assert "tensorboard" not in lacking
+    for name in lacking:
         with pytest.raises(
             ValueError, match=rf"track={name} needs the package {name}; pip install 'rayllava\[{name}"
         ):
             tracks.check((name,))
+
+
+def test_a_track_that_cannot_go_back_keeps_the_first_telling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracks, "TRACKERS", {"recorder": Tracker(_Recorder, package="json")})
+    run, manifest = Place(str(tmp_path)), run_manifest(tmp_path)
+    lines, looks = [line(1), line(2), line(3)], [look(0), look(2)]
+    first = Follower("recorder", run, manifest)
+    first.follow(lines, looks)
+    lines += [line(2, attempt=2), line(3, attempt=2), line(4, attempt=2)]
+    looks += [look(2, attempt=2)]
+    first.follow(lines, looks)
+    first.close()
+    second = Follower("recorder", run, manifest)
+    second.follow([*lines, line(5, attempt=2)], looks)
+    second.close()
+    assert _Recorder.told == [(1, 11), (2, 12), (3, 13), (0, 5), (2, 7), (4, 24), "end", (5, 25), "end"]
+    assert _Recorder.opened == ["", "its id"], "a run goes on under its id"
+
+
+class _Recorder:
+    """Writes down what it is told, as W&B and MLflow would."""
+
+    rewinds = False
+    id = "its id"
+    told: list[Any] = []
+    opened: list[str] = []
+
+    def __init__(self, folder: Place, manifest: RunManifest, id_: str) -> None:
+        self.opened.append(id_)
+
+    def scalars(self, step: int, values: dict[str, float], *, at: float) -> None:
+        self.told.append((step, values.get("train/loss", values.get("validation/loss"))))
+
+    def text(self, step: int, markdown: str, *, at: float) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None:
+        self.told.append("end")
+
+
+def test_mlflow_gets_every_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "server").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    run, manifest = Place(str(tmp_path / "run")), run_manifest(tmp_path / "run")
+    lines = [line(1), line(2), line(2, attempt=2), line(3, attempt=2)]
+    for until in (2, 4):
+        follower = Follower("mlflow", run, manifest)
+        follower.follow(lines[:until], [look(0), look(2)])
+        follower.close()
+    client = mlflow.MlflowClient()
+    (made,) = client.search_runs([client.get_experiment_by_name("rayllava").experiment_id])
+    for name, wanted in {"train/loss": [11, 12, 23], "validation/loss": [5, 7]}.items():
+        assert [metric.value for metric in client.get_metric_history(made.info.run_id, name)] == wanted
 
 
 def test_numbers_appear_among_rays_metrics(ray_local: None) -> None:

@@ -26,7 +26,7 @@ class _Session:
             id=id_ or None,
             resume="allow",
             config=manifest.recipe.model_dump(mode="json"),
-            dir=tempfile.gettempdir() if folder.remote else str(folder.local),
+            dir=tempfile.gettempdir() if folder.remote else str(folder.local.parent),  # it adds a folder `wandb`
         )
         self.id: str = self._run.id
         self._run.define_metric("step")
