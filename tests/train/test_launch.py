@@ -230,7 +230,7 @@ def test_a_run_explains_itself(killed_and_finished: tuple[Path, list[dict[str, f
     shown_ = shown(out / "tensorboard")["train/loss"]
     assert shown_ == pytest.approx(losses, rel=1e-6)
     report = (out / "report.html").read_text()
-    assert "120 of 120 steps" in report and "2 attempts on 1 and 2" in report and "http" not in report
+    assert "120 of 120 steps" in report and "2 attempts on\n1 and 2 workers" in report and "http" not in report
     assert json.loads((out / "goodput.json").read_text())["watch"] == 0
 
 

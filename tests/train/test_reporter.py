@@ -43,7 +43,7 @@ def line(step: int, attempt: int = 1, **more: Any) -> dict[str, Any]:
 
 
 def look(step: int, attempt: int = 1) -> dict[str, Any]:
-    answer = {"picture": "a.png", "question": "what | who?", "answer": f"said\nat {step}", "reference": "a cat"}
+    answer = {"source": "a.png", "question": "what | who?", "answer": f"said\nat {step}", "reference": "a cat"}
     when = 100.0 + 10 * attempt + 0.5 * step
     return {"step": step, "attempt": attempt, "loss": 5.0 * attempt + step, "answers": [answer], "time": when}
 

@@ -39,7 +39,7 @@ KINDS: dict[str, list[str]] = {
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shard folder of 24 little shards, two in three with a picture, made without Ray."""
+    """A shard folder of 24 little dialogues, two in three with a picture, made without Ray."""
     folder = tmp_path_factory.mktemp("shards")
     rows = []
     for number in range(24):
@@ -175,7 +175,7 @@ def check_look(run: Path) -> None:
     assert last["loss"] == pytest.approx(total / last["num_targets"], rel=1e-5)
 
     asked = watch.asked(manifest.recipe.watch, processor)
-    assert len(asked) == 4 and {bool(one.picture) for one in asked} == {True, False}
+    assert len(asked) == 4 and {len(one.sample.images) for one in asked} == {0, 1}
     requests = [
         Request(str(number), one.sample.turns, one.sample.images, max_new_tokens=7)
         for number, one in enumerate(asked)
@@ -195,7 +195,7 @@ def test_questions_of_ones_own_are_asked_instead(parts: ModelSpec, shards: Path,
     manifest = prepared(parts, shards, tmp_path / "run", "plain", f"watch.questions={questions}")
     processor = Processor(manifest.processor, tmp_path / "run" / "tokenizer")
     asked = watch.asked(manifest.recipe.watch, processor)
-    assert [(one.picture, one.question, one.reference) for one in asked] == [
+    assert [(one.source, one.question, one.reference) for one in asked] == [
         (str(file), "how many?", ""),
         ("", "what is a digit?", ""),
     ]

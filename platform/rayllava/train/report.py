@@ -61,8 +61,8 @@ def write(run: Place, manifest: RunManifest) -> None:
     sizes = sorted({entry["world_size"] for entry in entries})
     body = f"""<h1>{html.escape(run.name)}</h1>
 <p>{html.escape(recipe.name or "a recipe without a name")}: {entries[-1]["step"]} of {manifest.num_steps} steps,
-{sum(entry["num_samples"] for entry in entries):,} samples, {attempts} attempts on {" and ".join(map(str, sizes))}
-workers, begun {html.escape(manifest.created)}.</p>
+{sum(entry["num_samples"] for entry in entries):,} samples, {attempts} attempt{"s" * (attempts > 1)} on
+{" and ".join(map(str, sizes))} workers, begun {html.escape(manifest.created)}.</p>
 <h2>Curves</h2>
 <p>Over optimizer steps. An attempt began at each dotted line; of a step that was done again the last counts.</p>
 {drawing(_curves(entries, looks), "loss, learning rate, speed and workers over steps")}
@@ -122,8 +122,8 @@ def _time(spent: Goodput) -> Any:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Return a running mean that forgets over fifty steps, unbiased at its beginning."""
-    kept, total, weight = 0.98, 0.0, 0.0
+    """Return a running mean that forgets over a fiftieth of the values, unbiased at its beginning."""
+    kept, total, weight = 1 - 1 / max(1.0, len(values) / 50), 0.0, 0.0
     found = []
     for value in values:
         total, weight = kept * total + value, kept * weight + 1
@@ -139,17 +139,17 @@ def _answers(looks: list[Line], pictures: dict[tuple[str, str], str]) -> str:
     shown = looks[::-1][::stride][::-1]
     parts = ["<h2>Sample answers</h2>"]
     for asked in looks[-1]["answers"]:
-        key = asked["picture"], asked["question"]
+        key = asked["source"], asked["question"]
         rows = [
             [str(look["step"]), html.escape(answer["answer"])]
             for look in shown
             for answer in look["answers"]
-            if (answer["picture"], answer["question"]) == key
+            if (answer["source"], answer["question"]) == key
         ]
         if asked["reference"]:
             rows.append(["right", f"<b>{html.escape(asked['reference'])}</b>"])
         parts.append(
-            f'<div class="asked"><figure>{pictures.get(key, "")}<figcaption>{html.escape(asked["picture"])}'
+            f'<div class="asked"><figure>{pictures.get(key, "")}<figcaption>{html.escape(asked["source"])}'
             f"</figcaption></figure><div>{html.escape(asked['question'])}"
             f"{table(['step', 'answer'], rows)}</div></div>"
         )
@@ -160,7 +160,7 @@ def _pictures(run: Place, manifest: RunManifest) -> dict[tuple[str, str], str]:
     """Return the first picture of every question that is asked now, by where it came from and the question."""
     processor = Processor(manifest.processor, Path(manifest.recipe.out) / "tokenizer")
     return {
-        (one.picture, one.question): f'<img alt="picture" src="{_small(one.sample.images[0])}">'
+        (one.source, one.question): f'<img alt="picture" src="{_small(one.sample.images[0])}">'
         for one in watch.asked(manifest.recipe.watch, processor)
         if one.sample.images
     }

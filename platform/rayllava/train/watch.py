@@ -39,8 +39,8 @@ class Asked(NamedTuple):
 
     sample: Sample
     """A dialogue that ends with the question."""
-    picture: str
-    """Where its picture came from: a file, or the key of a sample."""
+    source: str
+    """Where it came from: its picture's file, or the key of a sample; empty for words of one's own."""
     reference: str
     """The right answer, empty where nobody knows it."""
 
@@ -87,7 +87,7 @@ class Watch:
                 num_targets=num_targets,
                 num_samples=num_samples,
                 answers=[
-                    {"picture": one.picture, "question": one.question, "answer": answer, "reference": one.reference}
+                    {"source": one.source, "question": one.question, "answer": answer, "reference": one.reference}
                     for one, answer in zip(self._asked, answers, strict=True)
                 ],
                 seconds=seconds,
@@ -224,7 +224,7 @@ def _first_question(sample: Sample) -> Asked | None:
             turns = sample.turns[: number + 1]
             marks = sum(said.text.count(IMAGE_MARK) for said in turns if said.role == "user")
             head = Sample(sample.id, turns, sample.images[:marks], sample.key)
-            return Asked(head, sample.key if head.images else "", sample.turns[number + 1].text)
+            return Asked(head, sample.key, sample.turns[number + 1].text)
     return None
 
 

@@ -142,7 +142,7 @@ def scalars(line: Line) -> dict[str, float]:
 
 def table(answers: list[Line]) -> str:
     """Return sample answers as a table in Markdown."""
-    columns = ("picture", "question", "answer", "reference")
+    columns = ("source", "question", "answer", "reference")
     rows = [columns, ("---",) * len(columns), *(tuple(answer[name] for name in columns) for answer in answers)]
     return "\n".join(
         "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) + " |" for row in rows
