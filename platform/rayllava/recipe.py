@@ -219,6 +219,9 @@ class ScaleSpec(Spec):
     """Longest wait for MIN workers, at the start and after a loss."""
     resize_after_s: float = Field(60, ge=0)
     """A group lives so long before it may grow; growing costs a restart."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Most 10^12 operations a second of one worker's device, to which the metric `mfu` refers. Empty takes a known
+    GPU's for bfloat16 (rayllava.train.flops); where that is unknown too, as on a CPU, `mfu` is null."""
     hang_s: float = Field(600, gt=0)
     """Seconds in one phase of a step after which the ranks that are late are named and the group starts again."""
 

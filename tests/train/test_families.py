@@ -8,6 +8,8 @@ import pytest
 
 from rayllava.families import FAMILIES
 from rayllava.recipe import ModelSpec
+from tests.model.kinds import TEXT
+from tests.train.lines import PEAK_TFLOPS
 from tests.train.ranks import run_ranks
 
 LORA = {"kind": "lora", "r": 4, "alpha": 8}
@@ -40,6 +42,17 @@ def test_a_line_trains_and_resumes_to_the_same_loss(line: str, found: dict[str, 
     first, again = found[line]["losses"]
     assert len(first) == 2 and first == pytest.approx(again, rel=1e-5)
     assert found[line]["moved"] > 1e-3
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_metrics_tell_useful_tokens_and_the_share_of_the_peak(line: str, found: dict[str, dict[str, Any]]) -> None:
+    first, again = found[line]["metrics"]
+    assert first["tokens_per_second"] == pytest.approx(first["num_tokens"] / first["seconds"])
+    assert first["num_tokens"] < first["num_positions"]
+    # The same step in other seconds: the same FLOPs, and more than the MLPs take alone, frozen.
+    flops = [metrics["mfu"] * metrics["seconds"] * 1e12 * PEAK_TFLOPS for metrics in (first, again)]
+    mlps = 2 * 3 * TEXT["hidden_size"] * TEXT["intermediate_size"]
+    assert flops[0] == pytest.approx(flops[1]) and flops[0] > 4 * mlps * first["num_tokens"]
 
 
 @pytest.mark.parametrize("line", LINES)

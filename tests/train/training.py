@@ -53,12 +53,12 @@ def recipe(model: ModelSpec, zero: int, **changes: Any) -> Recipe:
 
 def batch_of(samples: list[int], index: int = 0, spec: ProcessorSpec = SPEC) -> Batch:
     """Draw each sample from its own seed: every third without a picture, lengths uneven."""
-    examples = [example(sample, pictures=1 if sample % 3 else 0, spec=spec) for sample in samples]
-    return collate(examples, pad_token_id=spec.pad_token_id, index=index)
+    return collate([example(sample, spec) for sample in samples], pad_token_id=spec.pad_token_id, index=index)
 
 
-def example(sample: int, *, pictures: int, spec: ProcessorSpec = SPEC) -> Example:
-    """Draw a sample from its own seed."""
+def example(sample: int, spec: ProcessorSpec = SPEC, *, pictures: int | None = None) -> Example:
+    """Draw a sample from its own seed; every third has no picture where nobody says how many."""
+    pictures = min(1, sample % 3) if pictures is None else pictures
     rng = np.random.default_rng(sample)
     ids = rng.integers(260, 330, size=int(rng.integers(8, 20))).astype(np.int32)
     labels = ids.copy()

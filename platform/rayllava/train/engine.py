@@ -79,6 +79,11 @@ class Engine:
         return total.tolist()
 
     @property
+    def llava(self) -> Any:
+        """The model itself; under ZeRO-3 its weights are elsewhere."""
+        return self.deepspeed.module.llava
+
+    @property
     def grad_norm(self) -> float | None:
         """Global gradient norm of the last step before clipping; None under ZeRO-0, which does not keep it."""
         norm = self.deepspeed.get_global_grad_norm()
@@ -212,7 +217,7 @@ class Engine:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in self.deepspeed.module.llava.named_parameters():
+        for name, parameter in self.llava.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
 

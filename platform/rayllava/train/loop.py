@@ -29,6 +29,7 @@ from rayllava.prompt.collate import rehearsal
 from rayllava.records import Batch
 from rayllava.train import signals
 from rayllava.train.engine import Engine
+from rayllava.train.flops import Cost, Work, peak_flops
 from rayllava.train.meter import Meter
 from rayllava.train.optim import lr_factor
 from rayllava.train.watch import Watch
@@ -102,6 +103,8 @@ class _Loop:
         self.pace = 0.0
         self.stall = self.watched = 0.0
         self.watch = Watch(manifest, engine)
+        self.cost = Cost.of(engine.llava, manifest.processor)
+        self.peak = peak_flops(self.recipe.scale, engine.device)
         self.meter = Meter(Place(self.recipe.out) / "metrics.jsonl") if engine.rank == 0 else None
         signals.clear()
 
@@ -111,13 +114,16 @@ class _Loop:
         began = time.monotonic()
         fed = began - self.waited - self.watched  # what was watched by now was it before an attempt's first step
         self.watchdog.at(step + 1, "count")
-        targets, samples, left_out, asked, positions, real = engine.sum(
-            sum(atom.num_targets for atom in atoms),
+        work = Work.of(atoms)
+        targets, samples, left_out, asked, positions, tokens, pairs, images = engine.sum(
+            work.targets,
             sum(len(atom.sample_ids) for atom in atoms),
             len(rejected),
             engine.rank == 0 and signals.asked(),
             sum(atom.ids.size for atom in atoms),
-            sum(int(atom.lengths.sum()) for atom in atoms if atom.sample_ids),
+            work.tokens,
+            work.pairs,
+            work.images,
         )
         if asked:
             self._save_and_hold()
@@ -155,6 +161,7 @@ class _Loop:
         now = time.monotonic()
         seconds = now - self.waited
         if self.meter:
+            flops = self.cost.flops(tokens=tokens, pairs=pairs, targets=targets, images=images)
             self.meter.write(
                 step=step + 1,
                 epoch=epoch,
@@ -164,8 +171,10 @@ class _Loop:
                 num_target_tokens=int(targets),
                 num_samples=int(samples),
                 num_rejected=int(left_out),
-                num_tokens=int(real),
+                num_tokens=int(tokens),
                 num_positions=int(positions),
+                tokens_per_second=tokens / seconds,
+                mfu=None if self.peak is None else flops / (seconds * engine.world_size * self.peak),
                 world_size=engine.world_size,
                 attempt=self.decision.attempt,
                 seconds=seconds,
