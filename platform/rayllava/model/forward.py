@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rayllava.model import attention
 from rayllava.model.normalise import normalise
 from rayllava.recipe import ProcessorSpec
 from rayllava.records import IGNORE, Batch
@@ -24,6 +25,7 @@ class LossModel(nn.Module):
         super().__init__()
         self.llava = llava
         self.spec = spec
+        attention.use(llava.model.language_model)
         self.tower_trains = any(p.requires_grad for p in llava.model.vision_tower.parameters())
 
     def recompute(self) -> None:
@@ -64,12 +66,13 @@ class LossModel(nn.Module):
             embeds = embeds + 0.0 * features.sum()
         assert not packed or len(ids) == 1, f"{len(ids)} rows where a packed one stands alone"
         # Given no mask, no cache and positions that begin again, every attention of transformers keeps the examples
-        # of a packed row apart itself, each in the form its kernel wants.
+        # of a packed row apart itself, each in the form its kernel wants; ours is also told where to cut.
         seen = body.language_model(
             inputs_embeds=embeds,
             attention_mask=None if packed else (positions < lengths.unsqueeze(1)).long(),
             position_ids=positions,
             use_cache=False,
+            **({"sizes": attention.sizes(positions)} if packed else {}),
         )
         return seen.last_hidden_state
 
