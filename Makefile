@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Ray's own choice of authentication depends on what an earlier program left in the home folder; ours does not.
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: install quickstart test test-slow check format serve bench-data
+.PHONY: install quickstart test test-slow check format serve bench-data bench-spot
 
 install: .venv/installed
 
@@ -36,6 +36,10 @@ serve: install
 
 bench-data: benchmarks/.venv/installed
 	benchmarks/.venv/bin/python benchmarks/data.py
+
+bench-spot: install
+	$(BIN)/python benchmarks/spot.py --trace mixed
+	$(BIN)/python benchmarks/spot.py --trace bamboo-p3
 
 # The peers' own packages on top of ours; requirements.txt says why without their requirements.
 benchmarks/.venv/installed: .venv/installed benchmarks/requirements.txt

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import random
 import signal
 import statistics
@@ -38,6 +37,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT / "platform"), str(ROOT), str(HERE)]
 
 from contender import BATCH, CONTENDERS  # noqa: E402
+from machine import machine  # noqa: E402
 from pictures import files, make  # noqa: E402
 
 WORKERS = (2, 3)
@@ -117,12 +117,6 @@ def main() -> None:
         out = HERE / "results" / f"data-{report['date']}-{'-'.join(report['rates'])}"
         out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
         out.with_suffix(".md").write_text(text + "\n")
-
-
-def machine() -> str:
-    model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    memory = psutil.virtual_memory().total / 2**30
-    return f"{model.partition(': ')[2]}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
 
 
 def fast_error(pictures: Set) -> dict[str, float]:

@@ -31,9 +31,10 @@ _QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, 
 class Lab:
     """A cluster whose head decodes and whose other nodes train."""
 
-    def __init__(self, folder: Path, *, decoders: int = 2, path: tuple[Path, ...] = ()) -> None:
-        """`path` is searched for modules first, by every process of the cluster and its drivers."""
+    def __init__(self, folder: Path, *, decoders: int = 2, quick: bool = True, path: tuple[Path, ...] = ()) -> None:
+        """A `quick` one notices a dead node at once; `path` is searched first, by every process, for modules."""
         self.folder = folder
+        self.settings = _QUICK if quick else {}
         self.decoders = decoders
         self.path = path
         self.nodes: list[Any] = []
@@ -51,7 +52,7 @@ class Lab:
         head = {"num_cpus": self.decoders, "object_store_memory": 400 << 20, "temp_dir": self._temp}
         self.cluster = Cluster(
             initialize_head=True,
-            head_node_args=head | {"include_dashboard": False, "_system_config": _QUICK},
+            head_node_args=head | {"include_dashboard": False, "_system_config": self.settings},
         )
         return self
 

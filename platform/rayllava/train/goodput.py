@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
@@ -62,19 +63,7 @@ def measure(run: Place, lines: list[dict[str, Any]] | None = None) -> Goodput | 
 def account(lines: list[dict[str, Any]], decided: dict[int, float], waits: list[tuple[float, float]]) -> Goodput:
     """Return the account of metrics lines in the order they were written, attempts' times and waits for nodes."""
     counted = {line["step"]: line for line in lines}
-    seen: set[int] = set()
-    typical: dict[int, list[float]] = defaultdict(list)
-    firsts: list[dict[str, Any]] = []
-    for line in lines:
-        if line["attempt"] not in seen:
-            seen.add(line["attempt"])
-            firsts.append(line)
-            continue
-        typical[line["world_size"]].append(_work(line))
-    for line in lines:  # a world size of which nothing but first steps is known
-        if not typical[line["world_size"]]:
-            typical[line["world_size"]].append(_work(line))
-    usual = {size: median(times) for size, times in typical.items()}
+    usual = step_times(lines)
     wall = lines[-1]["time"] - min(decided.values())
     waiting = sum(end - begin for begin, end in waits)
     useful = sum(usual[line["world_size"]] for line in counted.values())
@@ -102,7 +91,22 @@ def account(lines: list[dict[str, Any]], decided: dict[int, float], waits: list[
     )
 
 
-def _work(line: dict[str, Any]) -> float:
+def step_times(lines: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Return the undisturbed time of a step at each world size."""
+    seen: set[int] = set()
+    typical: dict[int, list[float]] = defaultdict(list)
+    for line in lines:
+        if line["attempt"] not in seen:
+            seen.add(line["attempt"])
+            continue
+        typical[line["world_size"]].append(_work(line))
+    for line in lines:  # a world size of which nothing but first steps is known
+        if not typical[line["world_size"]]:
+            typical[line["world_size"]].append(_work(line))
+    return {size: median(times) for size, times in typical.items()}
+
+
+def _work(line: Mapping[str, Any]) -> float:
     return float(line["seconds"] - line["data_seconds"] - line["save_seconds"] - line.get("watch_seconds", 0.0))
 
 
