@@ -24,6 +24,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
+from rayllava.checkpoint import run as runs
 from rayllava.place import Place
 from rayllava.recipe import ScaleSpec
 from rayllava.train import signals, spares
@@ -51,7 +52,7 @@ class ElasticTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
         # The stubs show the configurations of Train's first version.
         kwargs["scaling_policy"] = Capacity(cast(ScalingConfig, self.scaling_config), self._scale, self._run)
-        kwargs["failure_policy"] = Failures(cast(FailureConfig, self.run_config.failure_config))
+        kwargs["failure_policy"] = Failures(cast(FailureConfig, self.run_config.failure_config), self._run)
         return super()._initialize_and_run_controller(**kwargs)  # type: ignore[misc]
 
 
@@ -206,14 +207,15 @@ class Capacity(ElasticScalingPolicy):
 class Failures(FailurePolicy):
     """Lost workers are replaced for ever; what a worker did wrong itself ends the run."""
 
-    def __init__(self, failure_config: FailureConfig) -> None:
+    def __init__(self, failure_config: FailureConfig, run: Place) -> None:
         super().__init__(failure_config)
+        self.run = run
         self._broken = 0
+        self._cursor = 0
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         if isinstance(training_failed_error, ControllerError):
-            start = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
-            retry = isinstance(training_failed_error.controller_failure, start)
+            retry = isinstance(training_failed_error.controller_failure, _STARTS)
             return FailureDecision.RETRY if retry else FailureDecision.RAISE
         assert isinstance(training_failed_error, WorkerGroupError)
         failures = training_failed_error.worker_failures
@@ -224,12 +226,19 @@ class Failures(FailurePolicy):
         if any(_lost(error) for error in failures.values()):
             self._broken = 0
             return FailureDecision.RETRY
-        self._broken += 1  # a collective that broke without a dead worker, say
+        # A collective that broke without a dead worker, say, or before anybody knew of one.
+        attempt = runs.newest_attempt(self.run)
+        cursor = runs.read_decision(self.run, attempt).cursor if attempt else 0
+        self._broken = self._broken + 1 if cursor == self._cursor else 1
+        self._cursor = cursor
         return FailureDecision.RETRY if self._broken <= _TRIES else FailureDecision.RAISE
 
 
 _TRIES = 3
-"""Failures in a row without a dead worker before the run ends."""
+"""Failures from the same checkpoint on, without a dead worker, before the run ends."""
+
+_STARTS = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError, ray.exceptions.RayActorError)
+"""What a node that goes while a group starts leads to."""
 
 _MISTAKES = (ValueError, LookupError, AssertionError, TypeError, NotImplementedError, MemoryError)
 """What happens again however often it is tried."""
