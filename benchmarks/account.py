@@ -139,9 +139,8 @@ class Recovery(NamedTuple):
     beyond: float | None
     """To the end of the first step that had not been done before; None when there was none."""
     parts: dict[str, float]
-    """Of `first`. decided: noticing, the end of the old group, new processes (ours alone); begun: the process group,
-    up to the training function; ready: imports, model, optimizer, checkpoint; batch: waiting for the first rows;
-    step."""
+    """Of `first`. begun: noticing, the end of the old group, new processes up to the training function; decided: the
+    attempt's decision, ours alone; ready: imports, model, optimizer, checkpoint; batch: the first rows; step."""
     redone: int
     """Steps that the new group did again."""
 
@@ -196,7 +195,7 @@ def _cause(
 
 def _parts(line: Line, origin: float, decided: float | None) -> dict[str, float]:
     started = line["started"]
-    times = {"decided": decided, "begun": started["worker"], "ready": started["engine"]}
+    times = {"begun": started["worker"], "decided": decided, "ready": started["engine"]}
     times |= {"batch": line["time"] - line["seconds"] + line["data_seconds"], "step": line["time"]}
     parts, since = {}, origin
     for name, at in times.items():

@@ -16,9 +16,12 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +32,7 @@ sys.path[:0] = [str(ROOT / "platform"), str(ROOT)]
 from benchmarks import availability, verdict  # noqa: E402
 from benchmarks.availability import Act  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
-from rayllava import durable, versions  # noqa: E402
+from rayllava import durable, log, versions  # noqa: E402
 from rayllava.place import Place  # noqa: E402
 from rayllava.progress import Progress  # noqa: E402
 from tests.train.lab import TRAINER, Lab  # noqa: E402
@@ -44,6 +47,8 @@ EVERY = 20
 PICTURES = 4000
 STEPS_A_SECOND = 4
 """More than anybody does, so that the work outlasts the trace."""
+HASTY_S = 60
+"""A driver that ends so soon after its start is broken."""
 LONGEST_MINUTES = 60
 """A trace that takes longer is squeezed when nobody says into how many minutes."""
 SQUEEZED_MINUTES = 30
@@ -72,6 +77,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: runs/bench-spot/TRACE")
     args = parser.parse_args()
     os.environ.update(RAY_AUTH_MODE="disabled", TRANSFORMERS_VERBOSITY="error", OMP_NUM_THREADS="1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the raylets are stopped then, too
+    log.start()
     path = Path(args.trace) if args.trace.endswith(".csv") else HERE / "traces" / f"{args.trace}.csv"
     changes = availability.few(availability.read(path), most=MOST)
     minutes = args.minutes
@@ -85,10 +92,10 @@ def main() -> None:
     data = make(ROOT / "runs" / "bench-spot" / "data")
     seconds = acts[-1].at_s + availability.TAIL_S
     with Progress("s") as progress:
-        for name in names:
-            progress.add(name, total=round(seconds))
-        for name in names:
-            play(name, acts, seconds, out / name, data, progress)
+        progress.add(path.stem, total=round(len(names) * seconds))
+        for number, name in enumerate(names):
+            row = partial(_show, progress, path.stem, name, number * seconds)
+            play(name, acts, seconds, out / name, data, row)
     found = {
         name: verdict.judge(name, out / name, num_samples=data.num_samples)
         for name in CONTENDERS
@@ -189,12 +196,14 @@ def words(name: str, out: Path, data: Data, seconds: float) -> list[str]:
 # -- the trace -----------------------------------------------------------------------------------------------
 
 
-def play(name: str, acts: list[Act], seconds: float, out: Path, data: Data, progress: Progress) -> None:
+def play(
+    name: str, acts: list[Act], seconds: float, out: Path, data: Data, show: Callable[[float, str], None]
+) -> None:
     """Train through a trace and write down in OUT/record.json what was done when, unless it is there."""
     asked = [list(act) for act in acts]
     with contextlib.suppress(FileNotFoundError):
         if json.loads((out / "record.json").read_text())["acts"] == asked:
-            progress.at(name, round(seconds), note="was finished")
+            show(seconds, "was finished")
             return
     shutil.rmtree(out, ignore_errors=True)
     (out / "lab").mkdir(parents=True)
@@ -205,18 +214,34 @@ def play(name: str, acts: list[Act], seconds: float, out: Path, data: Data, prog
         while waiting and waiting[0].at_s <= 0:
             done.append((time.time(), _do(lab, waiting.pop(0), nodes)))
         driver = lab.start(*words(name, out, data, seconds))
-        start = time.time()
+        start = began = time.time()
+        ended: list[tuple[float, int]] = []
         while (passed := time.time() - start) < seconds:
-            if driver.poll() is not None:
-                raise RuntimeError(f"{name} ended with {driver.returncode}; see {out / 'lab' / 'driver-1.log'}")
+            if driver.poll() is not None:  # somebody would start it again
+                if time.time() - began < HASTY_S:
+                    raise RuntimeError(
+                        f"{name} ended with {driver.returncode}; its last log in {out / 'lab'} says why"
+                    )
+                ended.append((time.time(), driver.returncode))
+                driver, began = lab.start(*words(name, out, data, seconds)), time.time()
             if waiting and waiting[0].at_s <= passed:
                 done.append((time.time(), waiting[0]))
                 _do(lab, waiting.pop(0), nodes)
-            progress.at(name, round(passed), note=f"{_newest(out / 'run')}, {len(nodes)} nodes")
+            show(passed, f"{_newest(out / 'run')}, {len(nodes)} nodes")
             time.sleep(0.2)
         end = time.time()
-    record = {"acts": asked, "start": start, "end": end, "done": [[at, list(act)] for at, act in done]}
+    record = {
+        "acts": asked,
+        "start": start,
+        "end": end,
+        "ended": ended,
+        "done": [[at, list(act)] for at, act in done],
+    }
     durable.write_json(out / "record.json", record)
+
+
+def _show(progress: Progress, row: str, name: str, before: float, passed: float, note: str) -> None:
+    progress.at(row, round(before + passed), note=f"{name}: {note}")
 
 
 def _do(lab: Lab, act: Act, nodes: dict[str, Any]) -> Act:

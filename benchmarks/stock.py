@@ -60,6 +60,7 @@ def _trainer(config: dict[str, Any], *, name: str, num_workers: Any, endless: bo
     from ray.train.torch import TorchTrainer
 
     shards = sorted(str(path) for path in Path(config["shards"]).glob("*.parquet"))
+    ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.read_parquet(shards, shuffle="files", override_num_blocks=len(shards))
     words = {"processor": json.dumps(config["processor"]), "tokenizer_dir": config["tokenizer_dir"]}
     dataset = dataset.map_batches(encode, batch_size=64, batch_format="pyarrow", fn_kwargs=words)

@@ -30,6 +30,7 @@ def judge(name: str, out: Path, *, num_samples: int) -> dict[str, Any]:
     found = {
         "steps": len(counting),
         "attempts": len(cursors),
+        "drivers": 1 + len(record["ended"]),
         "spent": spent._asdict(),
         "samples": account.count(steps, num_samples=num_samples)._asdict(),
         "recovery": {kind: account.quantiles([seam.first for seam in seams if seam.kind == kind]) for kind in kinds},
@@ -124,6 +125,7 @@ def render(report: dict[str, Any]) -> str:
         samples = one["samples"]
         usual = ", ".join(f"{seconds:.2f} at W={size}" for size, seconds in sorted(one["spent"]["usual"].items()))
         told = f"in {samples['epochs']} finished epochs {samples['lost']} lost, {samples['doubled']} doubled"
+        told += f", {one['drivers']} drivers" if one["drivers"] > 1 else ""
         lines.append(f"- {name}: {told}; an undisturbed step takes {usual} s")
     if "audit" in found.get("ours", {}):
         lines.append(f"- audit of ours: {found['ours']['audit']}")
@@ -159,7 +161,7 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_PARTS = ("decided", "begun", "ready", "batch", "step")
+_PARTS = ("begun", "decided", "ready", "batch", "step")
 
 
 def ratios(found: dict[str, Any]) -> list[str]:

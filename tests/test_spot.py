@@ -148,10 +148,10 @@ def test_a_recovery_counts_from_what_made_it_necessary() -> None:
         (16.5, Act(16.5, "lose", "a")),
         (40.0, Act(40, "join", "c")),
     ]
-    loss, join = account.recoveries(LINES, done, {2: 30.0})
+    loss, join = account.recoveries(LINES, done, {2: 40.0})
     assert (loss.kind, loss.attempt, loss.first, loss.redone) == ("loss", 2, pytest.approx(30.5), 3)
     assert loss.beyond == pytest.approx(53 - 16.5)  # step 9
-    assert loss.parts == pytest.approx({"decided": 13.5, "begun": 9, "ready": 6, "batch": 1.5, "step": 0.5})
+    assert loss.parts == pytest.approx({"begun": 22.5, "decided": 1, "ready": 5, "batch": 1.5, "step": 0.5})
     assert sum(loss.parts.values()) == pytest.approx(loss.first)
     assert (join.kind, join.first, join.redone) == ("join", pytest.approx(23.0), 0)
 
