@@ -44,7 +44,9 @@ GLOBAL_BATCH, ATOM = 24, 2
 """Samples of a step and of a forward pass: twelve of these, which one to four workers share evenly."""
 EVERY = 20
 """Steps between checkpoints."""
-PICTURES = 4000
+PICTURES, SHARD_ROWS = 4000, 64
+"""Small shards: Ray Data reads and encodes whole ones before it hands out the first of their rows."""
+WORK = {"pictures": PICTURES, "global_batch": GLOBAL_BATCH, "atom": ATOM, "save_every": EVERY}
 STEPS_A_SECOND = 4
 """More than anybody does, so that the work outlasts the trace."""
 HASTY_S = 60
@@ -106,7 +108,7 @@ def main() -> None:
         "machine": machine(),
         "versions": versions(),
         "trace": {"name": path.stem, "seconds": seconds, "most": MOST, "acts": [act._asdict() for act in acts]},
-        "work": {"samples": data.num_samples, "global_batch": GLOBAL_BATCH, "atom": ATOM, "save_every": EVERY},
+        "work": WORK | {"samples": data.num_samples},
         "contenders": found,
     }
     text = verdict.render(report)
@@ -131,14 +133,14 @@ def make(folder: Path) -> Data:
     from tests.tiny import make_parts
 
     done = folder / "done.json"
-    if not done.is_file() or json.loads(done.read_text()) != PICTURES:
+    if not done.is_file() or json.loads(done.read_text()) != [PICTURES, SHARD_ROWS]:
         shutil.rmtree(folder, ignore_errors=True)
         make_pictures(folder / "pictures", num_train=PICTURES, num_eval=6)
         write_shards(
             "llava",
             Place(str(folder / "pictures" / "train" / "finetune.json")),
             Place(str(folder / "shards")),
-            spec=ShardSpec(images=str(folder / "pictures" / "train" / "images"), rows=256),
+            spec=ShardSpec(images=str(folder / "pictures" / "train" / "images"), rows=SHARD_ROWS),
             connect=lambda: driver.connect("local", num_cpus=2),
         )
         parts = make_parts(folder / "parts")
@@ -150,7 +152,7 @@ def make(folder: Path) -> Data:
             out_dir=folder / "tokenizer",
         )
         durable.write_json(folder / "processor.json", processor.model_dump())
-        durable.write_json(done, PICTURES)
+        durable.write_json(done, [PICTURES, SHARD_ROWS])
     return Data(folder, ShardManifest.load(folder / "shards").num_samples)
 
 
@@ -200,14 +202,15 @@ def play(
     name: str, acts: list[Act], seconds: float, out: Path, data: Data, show: Callable[[float, str], None]
 ) -> None:
     """Train through a trace and write down in OUT/record.json what was done when, unless it is there."""
-    asked = [list(act) for act in acts]
+    asked = {"work": WORK | {"samples": data.num_samples}, "acts": [list(act) for act in acts]}
     with contextlib.suppress(FileNotFoundError):
-        if json.loads((out / "record.json").read_text())["acts"] == asked:
+        if json.loads((out / "record.json").read_text()).get("asked") == asked:
             show(seconds, "was finished")
             return
     shutil.rmtree(out, ignore_errors=True)
     (out / "lab").mkdir(parents=True)
     done: list[tuple[float, Act]] = []
+    load = os.getloadavg()[0]
     with Lab(out / "lab", quick=False) as lab:
         nodes: dict[str, Any] = {}
         waiting = list(acts)
@@ -231,7 +234,8 @@ def play(
             time.sleep(0.2)
         end = time.time()
     record = {
-        "acts": asked,
+        "asked": asked,
+        "load": load,
         "start": start,
         "end": end,
         "ended": ended,

@@ -29,6 +29,7 @@ def judge(name: str, out: Path, *, num_samples: int) -> dict[str, Any]:
     kinds = ("loss", "announced loss", "join", "none")
     found = {
         "steps": len(counting),
+        "load": record["load"],
         "attempts": len(cursors),
         "drivers": 1 + len(record["ended"]),
         "spent": spent._asdict(),
@@ -125,6 +126,7 @@ def render(report: dict[str, Any]) -> str:
         samples = one["samples"]
         usual = ", ".join(f"{seconds:.2f} at W={size}" for size, seconds in sorted(one["spent"]["usual"].items()))
         told = f"in {samples['epochs']} finished epochs {samples['lost']} lost, {samples['doubled']} doubled"
+        told += f"; load average before it {one['load']:.1f}"
         told += f", {one['drivers']} drivers" if one["drivers"] > 1 else ""
         lines.append(f"- {name}: {told}; an undisturbed step takes {usual} s")
     if "audit" in found.get("ours", {}):

@@ -24,6 +24,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
+from rayllava import log as log_
 from rayllava.checkpoint import run as runs
 from rayllava.place import Place
 from rayllava.recipe import ScaleSpec
@@ -75,6 +76,10 @@ class Capacity(ElasticScalingPolicy):
         self._spares = spares.Spares()
         self._group = 0.0  # when the newest group started
         self._trains = False
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        log_.start()  # the controller is a process of its own
+        super().after_controller_start(train_run_context)
 
     # -- without a group ----------------------------------------------------------------------------------
 
