@@ -162,7 +162,7 @@ def _python_path() -> str:
 def _cause(error: BaseException) -> BaseException:
     """Unwrap what Ray wrapped around an error that was raised in a worker."""
     while True:
-        inner = getattr(error, "cause", None)
+        inner = getattr(error, "cause", None) or getattr(error, "controller_failure", None)
         if not isinstance(inner, BaseException):
             failures = getattr(error, "worker_failures", None)
             inner = next(iter(failures.values()), None) if isinstance(failures, dict) else None

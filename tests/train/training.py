@@ -199,7 +199,7 @@ def whole_run(task: dict[str, Any]) -> list[float]:
     """
     from rayllava.checkpoint.lease import Lease
     from rayllava.train import loop
-    from rayllava.train.launch import stream_spec
+    from rayllava.train.feed import stream_spec
     from rayllava.train.meter import read_metrics
 
     run = Place(task["run"])

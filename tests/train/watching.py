@@ -12,7 +12,7 @@ from rayllava.checkpoint.store import decide
 from rayllava.data import stream
 from rayllava.place import Place
 from rayllava.train import loop
-from rayllava.train.launch import stream_spec
+from rayllava.train.feed import stream_spec
 
 
 def train(runs: list[dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 
 import ray
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
@@ -54,6 +55,8 @@ class ElasticTrainer(TorchTrainer):
         # The stubs show the configurations of Train's first version.
         kwargs["scaling_policy"] = Capacity(cast(ScalingConfig, self.scaling_config), self._scale, self._run)
         kwargs["failure_policy"] = Failures(cast(FailureConfig, self.run_config.failure_config), self._run)
+        # Rows come from rayllava.train.feed.
+        kwargs["callbacks"] = [one for one in kwargs["callbacks"] if not isinstance(one, DatasetsCallback)]
         return super()._initialize_and_run_controller(**kwargs)  # type: ignore[misc]
 
 

@@ -16,26 +16,26 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
 from rayllava import copies, versions
 from rayllava import log as log_
-from rayllava.checkpoint import resolve, store
+from rayllava.checkpoint import resolve
 from rayllava.checkpoint import run as runs
 from rayllava.checkpoint.lease import Lease
-from rayllava.checkpoint.run import LENGTHS, Decision, Origin, RunManifest
+from rayllava.checkpoint.run import LENGTHS, Origin, RunManifest
 from rayllava.data import stream
 from rayllava.data.measure import measure
 from rayllava.data.plan import Plan
 from rayllava.data.shards import ShardManifest
-from rayllava.data.stream import StreamSpec
 from rayllava.place import Place
 from rayllava.prompt.assemble import assemble
 from rayllava.prompt.encode import Processor
 from rayllava.recipe import ModelSpec, Recipe, load
 from rayllava.train import report, spares, tracks, watch
 from rayllava.train.elastic import ElasticTrainer
+from rayllava.train.feed import Feed, stream_spec
 from rayllava.train.reporter import Reporter
 
 log = logging.getLogger(__name__)
@@ -141,10 +141,9 @@ def _train(manifest: RunManifest, *, driver: str) -> RunManifest:
                 name=f"driver-{time.time_ns()}",
                 storage_path=unused,
                 failure_config=FailureConfig(max_failures=-1),  # rayllava.train.elastic decides
+                callbacks=[Feed(run, driver)],  # type: ignore[list-item]  # as above
                 worker_runtime_env=spares.runtime_env(recipe.tuning),  # type: ignore[call-arg]  # as above
             ),
-            datasets={"train": ray.data.range(1)},
-            dataset_config=AttemptFeed(run, driver),
         )
         runs.write_run(run, manifest)  # workers read the recipe there, and a continued run may state another scale
         report.write_recipe(run, recipe)
@@ -155,46 +154,6 @@ def _train(manifest: RunManifest, *, driver: str) -> RunManifest:
     runs.write_run(run, manifest)
     log.info("finished %d steps; the model is in %s", manifest.num_steps, run / "export")
     return manifest
-
-
-class AttemptFeed(DataConfig):
-    """Decides an attempt when Ray Train sets up a worker group, and deals that attempt's rows to it.
-
-    Ray calls `configure` once a group start, with the group's world size, in the dataset manager actor: the one
-    place that knows W before any worker runs. The dataset it is given is a placeholder.
-    """
-
-    def __init__(self, run: Place, driver: str) -> None:
-        super().__init__()
-        self.run = run
-        self.driver = driver
-
-    def configure(
-        self, datasets: Any, world_size: int, worker_handles: Any, worker_node_ids: Any, **_: Any
-    ) -> list[dict[str, Any]]:
-        decision = store.decide(self.run, world_size=world_size, driver=self.driver)
-        dataset = stream.rows(stream_spec(runs.read_run(self.run), decision))
-        # No locality hints: with them rows are no longer dealt strictly in turn.
-        splits = dataset.streaming_split(world_size, equal=True, locality_hints=None)
-        return [{"train": split} for split in splits]
-
-
-def stream_spec(manifest: RunManifest, decision: Decision | None = None) -> StreamSpec:
-    """Return what an attempt of a run is fed; without a decision, the whole run as one worker would compute it."""
-    recipe, run = manifest.recipe, Place(manifest.recipe.out)
-    packs = recipe.data.max_tokens is not None
-    attempt = decision.model_dump(include={"attempt", "cursor", "world_size"}) if decision else {}
-    return StreamSpec(
-        shards=recipe.data.shards,
-        shards_digest=manifest.shards_digest,
-        data=recipe.data,
-        seed=recipe.seed,
-        processor=manifest.processor,
-        tokenizer_dir=(run / "tokenizer").text,
-        lengths=(run / LENGTHS).text if packs else "",
-        decoders=recipe.scale.decoders,
-        **attempt,
-    )
 
 
 def _worker(config: dict[str, Any]) -> None:
