@@ -64,6 +64,13 @@ MISFITS: dict[str, tuple[dict[str, Tensor | None], str]] = {
         {"llm__base_model__model__output__lora_A__default__weight": torch.zeros(4, 48)},
         r"holds one half of the adapter on 'output'",
     ),
+    "an adapter of rank 0": (
+        {
+            "llm__base_model__model__output__lora_A__default__weight": torch.zeros(0, 48),
+            "llm__base_model__model__output__lora_B__default__weight": torch.zeros(512, 0),
+        },
+        r"holds one half of the adapter on 'output', or two that do not fit",
+    ),
     "adapters of unknown scale": (
         {
             "visual_encoder__base_model__model__vision_model__x__lora_A__default__weight": torch.zeros(4, 48),
@@ -102,7 +109,10 @@ def test_a_start_that_is_none_is_named(dialogues: Path, tmp_path: Path) -> None:
     (tmp_path / "zero" / "mp_rank_00_model_states.pt").touch()
     damaged = tmp_path / "damaged.bin"
     damaged.write_bytes((LLAVA / "pretrain" / "mm_projector.bin").read_bytes()[:-100])
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text("[1")
     for source, model, said in [
+        (tmp_path / "odd", VICUNA, r"odd/config.json is damaged .*; fetch it again"),
         (tmp_path / "none", VICUNA, r"init_from=.*none does not exist here; give a run or a checkpoint"),
         (tmp_path / "empty", VICUNA, r"init_from=.*empty is no run, nor a model in a layout .*: hf, llava, xtuner"),
         (tmp_path / "zero", VICUNA, r"init_from=.*zero is in DeepSpeed's pieces; give the folder that `xtuner conv"),

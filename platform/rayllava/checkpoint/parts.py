@@ -7,13 +7,12 @@ either           a LLaVA in the Hugging Face layout, of which that part is taken
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rayllava.checkpoint.layouts import LAYOUTS
 from rayllava.checkpoint.remap import REMAPS
-from rayllava.checkpoint.weights import weight_files
+from rayllava.checkpoint.weights import read_config, weight_files
 from rayllava.families import FAMILIES
 from rayllava.recipe import ModelSpec
 
@@ -63,8 +62,8 @@ def read_llm_config(folder: Path, *, family: str) -> dict[str, Any]:
 
     Raises ValueError when its kind is not the family's.
     """
-    config = _read(folder)
-    config = config["text_config"] if is_whole(folder) else config
+    config = read_config(folder)
+    config = config.get("text_config", {}) if is_whole(folder) else config
     kind, plug = config.get("model_type"), FAMILIES[family]
     if kind not in (plug.model_type, plug.remap):
         fits = [name for name, other in FAMILIES.items() if kind in (other.model_type, other.remap)]
@@ -78,8 +77,8 @@ def read_tower_config(folder: Path) -> dict[str, Any]:
 
     Raises ValueError when we know no such kind.
     """
-    config = _read(folder)
-    config = config["vision_config"] if is_whole(folder) else config
+    config = read_config(folder)
+    config = config.get("vision_config", {}) if is_whole(folder) else config
     if config.get("model_type") not in TOWERS:
         kind, known = config.get("model_type"), ", ".join(TOWERS)
         raise ValueError(f"model.vision={folder} is of type {kind}, which is no tower here; there are: {known}")
@@ -89,7 +88,3 @@ def read_tower_config(folder: Path) -> dict[str, Any]:
 def is_whole(folder: Path) -> bool:
     """Whether a part's folder is a whole LLaVA in the Hugging Face layout, of which the part is taken."""
     return LAYOUTS["hf"].detect(folder)
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +50,19 @@ def weight_files(folder: Path, *, field: str) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
     raise ValueError(f"{field}={folder} holds neither {_FILES[0]} nor {_FILES[1]}; give a folder with weights")
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Return what a config file of a folder says, nothing when there is none; ValueError when it is damaged."""
+    try:
+        words = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{folder / name} is damaged ({error}); fetch it again") from error
+    if not isinstance(words, dict):
+        raise ValueError(f"{folder / name} is damaged (a {type(words).__name__}); fetch it again")
+    return words
 
 
 def has_weights(folder: Path) -> bool:

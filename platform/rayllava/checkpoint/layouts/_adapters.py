@@ -5,7 +5,6 @@ Computed in float32 when it is read; an adapter of a kind whose merge is another
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayllava.checkpoint.weights import Held, open_weights
+from rayllava.checkpoint.weights import Held, open_weights, read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,14 +72,14 @@ def products(held: Mapping[str, Held], scale: Scale, *, said: str) -> Iterator[t
             raise ValueError(f"{said} holds {name[:120]!a}, which is no adapter of a linear layer")
         pairs.setdefault(match[1], {})[match[2]] = (name, tensor)
     for name, pair in pairs.items():
-        if pair.keys() != {"A", "B"} or pair["A"][1].shape[0] != pair["B"][1].shape[1]:
+        if pair.keys() != {"A", "B"} or not pair["A"][1].shape[0] == pair["B"][1].shape[1] > 0:
             raise ValueError(f"{said} holds one half of the adapter on {name[:120]!a}, or two that do not fit")
         yield f"{name}.weight", pair["A"][0], _Product(pair["A"][1], pair["B"][1], scale)
 
 
 def read_adapter(folder: Path) -> tuple[list[Path], list[tuple[str, str, Held]]]:
     """Return the files of an adapter's folder, and its `products`."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_config(folder, "adapter_config.json")
     for key, plain in _PLAIN.items():
         if config.get(key, plain) not in (plain, None):
             raise ValueError(

@@ -11,7 +11,6 @@ a model that was built in memory is read by transformers 5 alone.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from rayllava.checkpoint.layouts import Found, Layout, StoredModel, Weight, part
 from rayllava.checkpoint.layouts._hf_names import canonical, published
 from rayllava.checkpoint.layouts._hf_prompt import describe, write_prompt
 from rayllava.checkpoint.manifest import ModelManifest, write_model_manifest
-from rayllava.checkpoint.weights import Held, open_weights, weight_files
+from rayllava.checkpoint.weights import Held, open_weights, read_config, weight_files
 from rayllava.recipe import ProcessorSpec
 
 if TYPE_CHECKING:
@@ -48,10 +47,7 @@ _NOISE = (
 
 
 def detect(folder: Path) -> bool:
-    path = folder / "config.json"
-    if not path.is_file():
-        return False
-    config = json.loads(path.read_text())
+    config = read_config(folder)
     named = "LlavaForConditionalGeneration" in (config.get("architectures") or [])
     both = {"text_config", "vision_config"} <= config.keys()  # a whole CLIP has them too
     return named or (both and config.get("model_type") == "llava")

@@ -11,17 +11,15 @@ model.vision_tower.vision_tower.*               tower: counts only if `unfreeze_
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rayllava.checkpoint.layouts import Found, Layout, Weight
 from rayllava.checkpoint.layouts._adapters import read_adapter
 from rayllava.checkpoint.layouts._hf_names import COMPUTED
 from rayllava.checkpoint.layouts._projector import projector_name
-from rayllava.checkpoint.weights import Held, open_weights, weight_files
+from rayllava.checkpoint.weights import Held, open_weights, read_config, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +33,7 @@ def detect(path: Path) -> bool:
         return any("mm_projector." in name for name in _names(path))
     if (path / _PROJECTOR).is_file() or ((path / "adapter_config.json").is_file() and (path / _TRAINED).is_file()):
         return True
-    return "mm_vision_tower" in _config(path) and not {"text_config", "vision_config"} <= _config(path).keys()
+    return "mm_vision_tower" in read_config(path)
 
 
 def find(path: Path, *, field: str = "MODEL") -> Found:
@@ -49,7 +47,7 @@ def find(path: Path, *, field: str = "MODEL") -> Found:
         files = [path if path.is_file() else path / _PROJECTOR]
         return Found(tuple(files), tuple(_weights(open_weights(files[0]), tower=False)))
     files = weight_files(path, field=field)
-    tower = bool(_config(path).get("unfreeze_mm_vision_tower"))
+    tower = bool(read_config(path).get("unfreeze_mm_vision_tower"))
     weights = [weight for file in files for weight in _weights(open_weights(file), tower=tower)]
     return Found((path / "config.json", *files), tuple(weights))
 
@@ -79,11 +77,6 @@ def _names(path: Path) -> list[str]:
         return list(open_weights(path))
     except ValueError:  # not a file of weights alone
         return []
-
-
-def _config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 PLUG = Layout(detect=detect, open=find)

@@ -12,17 +12,15 @@ projector.model.0.weight            model.0.weight             projector
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rayllava.checkpoint.layouts import Found, Layout, Part, Weight
 from rayllava.checkpoint.layouts._adapters import Scale, is_adapter, products, read_adapter
 from rayllava.checkpoint.layouts._hf_names import COMPUTED
 from rayllava.checkpoint.layouts._projector import projector_name
-from rayllava.checkpoint.weights import Held, has_weights, open_weights, weight_files
+from rayllava.checkpoint.weights import Held, has_weights, open_weights, read_config, weight_files
 
 _PREFIXES: tuple[tuple[str, Part, str], ...] = (
     ("llm.", "llm", "llm_lora"),
@@ -128,17 +126,12 @@ def _state(path: Path) -> dict[str, Held]:
 
 
 def _is_projector(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and _read_json(config).get("model_type") == "projector"
+    return read_config(folder).get("model_type") == "projector"
 
 
 def _is_sharded(folder: Path) -> bool:
     """Whether it is what XTuner writes when it trains with DeepSpeed, a folder called iter_N.pth."""
     return any(folder.glob("*mp_rank_00_model_states.pt"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 PLUG = Layout(detect=detect, open=find)
