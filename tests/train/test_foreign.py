@@ -241,6 +241,9 @@ def test_a_run_that_builds_on_one_begins_where_that_ended(dialogues: Path, tmp_p
     after = start(second).state_dict()
     for name, tensor in before.state_dict().items():
         assert torch.equal(after[name], trained.get(name, tensor))
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"init_from=.*first is no run \(no manifest.json\); give a training run"):
+        start(second)
 
 
 def finish(manifest: RunManifest, trained: dict[str, Tensor]) -> None:

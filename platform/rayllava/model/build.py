@@ -20,7 +20,7 @@ from rayllava.checkpoint import resolve
 from rayllava.checkpoint.run import Origin, RunManifest, read_run
 from rayllava.checkpoint.store import Store, read_checkpoint
 from rayllava.families import FAMILIES
-from rayllava.model.foreign import Outline, check_fits, is_foreign, lay_found
+from rayllava.model.foreign import Outline, check_fits, lay_found
 from rayllava.model.parts import language_model, llm_config, tower_config, vision_tower
 from rayllava.model.tuning import adapt, merge
 from rayllava.place import Place
@@ -123,9 +123,7 @@ def initial(recipe: Recipe, processor: ProcessorSpec, *, origin: Origin | None =
     """
     assert recipe.model is not None, "resolved recipes name their model parts"
     llava = build(recipe.model, processor, seed=recipe.seed)
-    runs = ancestry(recipe)
-    if runs:
-        origin = read_run(runs[0], field="init_from").origin
+    runs, origin = ancestry(recipe, origin)
     if origin:
         lay_found(llava, origin, resolve.here(recipe.model))
     for run in runs:
@@ -147,13 +145,17 @@ def absorb(llava: Any, recipe: Recipe, checkpoint_dir: Path) -> None:
     llava.requires_grad_(False)
 
 
-def ancestry(recipe: Recipe) -> list[Place]:
-    """Return the runs that `init_from` leads back to, the oldest first."""
+def ancestry(recipe: Recipe, origin: Origin | None) -> tuple[list[Place], Origin | None]:
+    """Return the runs that `init_from` leads back to, the oldest first, and what that one's `init_from` is if no run.
+
+    `origin` is the recipe's own. What a start is was decided when its run began; a run that is gone is an error.
+    """
     runs: list[Place] = []
-    while recipe.init_from and not is_foreign(recipe.init_from):
+    while recipe.init_from and origin is None:
         runs.insert(0, Place(recipe.init_from))
-        recipe = read_run(runs[0], field="init_from").recipe
-    return runs
+        before = read_run(runs[0], field="init_from")
+        recipe, origin = before.recipe, before.origin
+    return runs, origin
 
 
 def final_checkpoint(run: Place) -> Path:
