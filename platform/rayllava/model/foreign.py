@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayllava import durable
+from rayllava import copies
 from rayllava.checkpoint.layouts import LAYOUTS, Found, Weight, detect, in_whole
 from rayllava.checkpoint.manifest import read_model_manifest
 from rayllava.checkpoint.parts import read_llm_config, read_tower_config
@@ -68,9 +68,8 @@ def origin_of(init_from: str) -> Origin:
     layout = detect(path, field="init_from")
     files = LAYOUTS[layout].open(path, field="init_from").files
     base = path if path.is_dir() else path.parent
-    return Origin(
-        path=init_from, layout=layout, files={str(file.relative_to(base)): durable.digest(file) for file in files}
-    )
+    names = [str(file.relative_to(base)) for file in files]
+    return Origin(path=init_from, layout=layout, files=copies.digests(base, names))
 
 
 def open_origin(origin: Origin) -> Found:
@@ -79,8 +78,9 @@ def open_origin(origin: Origin) -> Found:
     if not path.exists():
         raise ValueError(f"init_from={path} is not seen on this node; it must lie where all workers can read it")
     base = path if path.is_dir() else path.parent
+    found = copies.digests(base, [name for name in origin.files if (base / name).is_file()])
     for name, digest in origin.files.items():
-        if not (base / name).is_file() or durable.digest(base / name) != digest:
+        if found.get(name) != digest:
             raise ValueError(f"init_from={path}: {name} is gone or changed since the run began; put it back")
     return LAYOUTS[origin.layout].open(path, field="init_from")
 
