@@ -11,14 +11,15 @@ from __future__ import annotations
 import hashlib
 import os
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import Field
 from ray.serve import Application
 
 from rayllava import durable
-from rayllava.checkpoint.manifest import export_dir, read_model_manifest
+from rayllava.checkpoint.manifest import local_model, read_model_manifest
+from rayllava.place import Place
 from rayllava.spec import Spec, override
 from serving.access import check_exposure
 from serving.ingress import Ingress
@@ -29,7 +30,7 @@ class ServeSpec(Spec):
     """One model behind one endpoint. The words of `serve run serving.app:build`."""
 
     model: str = ""
-    """Folder of the model: RUN, RUN/export, or what jobs/convert.py wrote."""
+    """Folder of the model: RUN, RUN/export, or what jobs/convert.py wrote; on a disk or in a store."""
     name: str = ""
     """What clients call it; empty takes the folder's name."""
     quant: Literal["none", "nf4", "int8"] = "none"
@@ -57,13 +58,15 @@ def application(spec: ServeSpec, *, token: str = "", load: Load | None = None) -
     """
     if not spec.model:
         raise ValueError("model is not set; add model=DIR, for example RUN/export")
-    folder = export_dir(Path(spec.model).absolute())
+    model = spec.model if Place(spec.model).remote else str(Path(spec.model).absolute())
+    folder = local_model(model, field="model")
     manifest = read_model_manifest(folder, field="model")
     check_exposure(token)
     device = _device(spec.device)
     fingerprint = durable.digest_of([manifest.model_dump(mode="json"), spec.quant, device])
+    named = PurePosixPath(str(Place(model)))
     card = {
-        "id": spec.name or (folder.parent if folder.name == "export" else folder).name,
+        "id": spec.name or (named.parent if named.name == "export" else named).name,
         "object": "model",
         "created": int((folder / "manifest.json").stat().st_mtime),
         "owned_by": "rayllava",
@@ -74,7 +77,7 @@ def application(spec: ServeSpec, *, token: str = "", load: Load | None = None) -
         max_ongoing_requests=num_at_engine,
         max_queued_requests=spec.max_queued,
         ray_actor_options={"num_cpus": spec.threads, "num_gpus": 1 if device == "cuda" else 0},
-    ).bind(load or partial(_load, str(folder), spec.quant, device, spec.threads, spec.max_batch))
+    ).bind(load or partial(_load, model, spec.quant, device, spec.threads, spec.max_batch))
     digest = hashlib.sha256(token.encode()).digest() if token else None
     # Bodies are held here: without a bound of its own, the ingress would be where memory runs out.
     at_ingress = num_at_engine + spec.max_queued + 16
@@ -94,7 +97,7 @@ def _device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _load(folder: str, quant: str, device: str, threads: int, max_batch: int) -> Any:
+def _load(model: str, quant: str, device: str, threads: int, max_batch: int) -> Any:
     from rayllava.generate.load import load_engine
 
-    return load_engine(Path(folder), quant=quant, device=device, threads=threads, max_batch=max_batch)
+    return load_engine(model, quant=quant, device=device, threads=threads, max_batch=max_batch)
