@@ -74,6 +74,13 @@ def test_weights_that_are_there_in_no_other_form_are_fetched_as_torch_saved_them
     assert not (folder / "model.safetensors").exists()
 
 
+def test_a_model_of_another_family_is_named_by_its_hub_id(hub: Hub, parts: ModelSpec) -> None:
+    with pytest.raises(
+        ValueError, match=rf"model.family=phi3 does not fit model.llm=acme/llm@{OLD}, which is of type"
+    ):
+        resolve.pinned(named(parts, "acme/llm").but(family="phi3"))
+
+
 def test_processes_of_a_node_download_once(hub: Hub, tmp_path: Path) -> None:
     code = f"from rayllava.checkpoint import resolve; print(resolve.folder('acme/llm@{OLD}'))"
     env = os.environ | {

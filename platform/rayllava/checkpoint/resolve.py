@@ -32,7 +32,14 @@ def pinned(model: ModelSpec, *, before: ModelSpec | None = None) -> ModelSpec:
     """
     known = {name: getattr(before, name, "") for name in PARTS}
     model = model.but(**{name: _pin(getattr(model, name), f"model.{name}", known[name]) for name in PARTS})
-    check_parts(here(model))
+    local = here(model)
+    try:
+        check_parts(local)
+    except ValueError as error:  # which speaks of this node's folders
+        said = str(error)
+        for name in PARTS:
+            said = said.replace(getattr(local, name), str(Place(getattr(model, name))))
+        raise ValueError(said) from error
     return model
 
 
