@@ -174,7 +174,7 @@ def test_a_run_in_a_store_survives_its_driver(
     address: str, bases: ModelSpec, dialogues: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     out = address.format("killed")
-    run, fields = Place(out), [*words(bases, dialogues, out), "data.epochs=20", "scale.workers=2"]
+    run, fields = Place(out), [*words(bases, dialogues, out), "data.epochs=8", "scale.workers=2"]
     driver = start("jobs/finetune.py", "tiny.finetune", *fields)
     deadline = time.monotonic() + 300
     while len(read_metrics(run / "metrics.jsonl")) < 10:
@@ -186,19 +186,19 @@ def test_a_run_in_a_store_survives_its_driver(
     time.sleep(3)  # Ray's processes end with their driver
     before = {line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl")}
 
-    said, _ = (again := start("jobs/finetune.py", "tiny.finetune", *fields)).communicate(timeout=240)
+    said, _ = (again := start("jobs/finetune.py", "tiny.finetune", *fields)).communicate(timeout=300)
     assert again.returncode == 0, said
     second = runs.read_decision(run, 2)
     assert second.cursor >= 7 and second.checkpoint == f"step-{second.cursor:06d}"
     after = {line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl")}
-    assert list(after) == list(range(1, 121))
+    assert list(after) == list(range(1, 49))
     for step, loss in before.items():
         assert after[step] == pytest.approx(loss, rel=1e-4)
     assert runs.read_run(run).finished
 
     said, _ = (audited := start("jobs/audit.py", out)).communicate(timeout=60)
     assert audited.returncode == 0, said
-    assert "exactly once: 60 samples x 20 epochs, 120 steps, 2 attempts, world size 2" in said
+    assert "exactly once: 60 samples x 8 epochs, 48 steps, 2 attempts, world size 2" in said
     assert answer(out)
 
 
