@@ -7,9 +7,9 @@ import io
 import json
 import shlex
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
+from rayllava import copies
 from rayllava.checkpoint.run import RunManifest
 from rayllava.page import data_url, drawing, page, table
 from rayllava.place import Place
@@ -158,7 +158,7 @@ def _answers(looks: list[Line], pictures: dict[tuple[str, str], str]) -> str:
 
 def _pictures(run: Place, manifest: RunManifest) -> dict[tuple[str, str], str]:
     """Return the first picture of every question that is asked now, by where it came from and the question."""
-    processor = Processor(manifest.processor, Path(manifest.recipe.out) / "tokenizer")
+    processor = Processor(manifest.processor, copies.local(run / "tokenizer"))
     return {
         (one.source, one.question): f'<img alt="picture" src="{_small(one.sample.images[0])}">'
         for one in watch.asked(manifest.recipe.watch, processor)
