@@ -48,11 +48,11 @@ class Progress:
         task = self._bars.add_task(name, total=total, completed=done, rate="", note="")
         self._rows[name] = _Row(task, total, done)
 
-    def at(self, name: str, done: int, *, note: str = "") -> None:
-        """Say that `done` things of a row are done."""
+    def at(self, name: str, done: int, *, note: str = "", rate: float | None = None) -> None:
+        """Say that `done` things of a row are done, and their `rate` a second where it is known better than here."""
         row, now = self._rows[name], time.monotonic()
         row.done = done
-        rate = (done - row.before) / max(now - row.started, 1e-3)
+        rate = (done - row.before) / max(now - row.started, 1e-3) if rate is None else rate
         pace = _pace(rate, self.unit)
         self._bars.update(row.task, completed=done, rate=pace, note=note)
         ended = done >= row.total

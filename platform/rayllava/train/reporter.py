@@ -88,7 +88,10 @@ class Reporter:
                 except OSError as error:  # a disk or store that fails for a moment must not end what only tells
                     log.warning("cannot tell of %s: %s", self.run, error)
                 if self.lines:
-                    progress.at(title, self.lines[-1]["step"], note=note(self.lines, self.looks, self.spent))
+                    recent = self.lines[-_RECENT:]
+                    rate = len(recent) / max(1e-9, sum(line["seconds"] for line in recent))  # without the start
+                    said = note(self.lines, self.looks, self.spent)
+                    progress.at(title, self.lines[-1]["step"], note=said, rate=rate)
 
     def _read(self) -> bool:
         """Take over what is new in the files, and say whether there is any step at all."""
