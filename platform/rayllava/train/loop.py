@@ -195,6 +195,7 @@ class _Loop:
         began = time.monotonic()
         if self.watch.due(self.done, started=started):
             self.watch.look(self.done, self.decision.attempt, beat=lambda: self.watchdog.at(self.done, "watch"))
+            self.watchdog.at(self.done, "data")
             self.watched += time.monotonic() - began
 
     def close(self) -> None:
