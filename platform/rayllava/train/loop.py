@@ -156,8 +156,8 @@ class _Loop:
             )
         self.done = step + 1
         self.entries.append(_entry(step, epoch, atoms, rejected, self.decision))
+        self.look()  # first, so that a kill in it cannot leave a checkpoint whose step has no line of metrics
         self._save_if_due()
-        self.look()
         now = time.monotonic()
         seconds = now - self.waited
         if self.meter:
