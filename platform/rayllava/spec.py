@@ -51,7 +51,9 @@ def words(spec: Spec, base: Spec | None, *, prefix: str = "") -> list[str]:
         if base is not None and mine == old:
             continue
         if isinstance(mine, Spec):
-            found += words(mine, old if type(old) is type(mine) else None, prefix=f"{prefix}{name}.")
+            # A group that was not there has its defaults; one of another kind may keep what both have.
+            below = type(mine).model_construct() if base is not None and old is None else old
+            found += words(mine, below if type(below) is type(mine) else None, prefix=f"{prefix}{name}.")
         else:
             found.append(f"{prefix}{name}={_text(mine)}")
     return found
