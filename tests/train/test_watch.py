@@ -32,8 +32,16 @@ SAMPLES = 13
 KINDS: dict[str, list[str]] = {
     "full": ["scale.zero=3", "scale.checkpointing=true"],
     "lora": ["scale.zero=2", "tuning=lora", "tuning.dropout=0.1"],
-    "qlora": ["scale.zero=3", "tuning=qlora", "tuning.r=4", "tuning.vision=lora", "scale.checkpointing=true"],
+    "qlora": [
+        "scale.zero=3",
+        "scale.dtype=bfloat16",
+        "tuning=qlora",
+        "tuning.r=4",
+        "tuning.vision=lora",
+        "scale.checkpointing=true",
+    ],
     "plain": ["scale.zero=0"],
+    "half": ["scale.zero=2", "scale.dtype=bfloat16"],
 }
 
 
@@ -106,7 +114,9 @@ def runs(parts: ModelSpec, shards: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def more_runs(parts: ModelSpec, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return trained(parts, shards, tmp_path_factory.mktemp("more"), {2: ["qlora", "lora", "plain"], 1: ["full"]})
+    return trained(
+        parts, shards, tmp_path_factory.mktemp("more"), {2: ["qlora", "lora", "plain"], 1: ["full", "half"]}
+    )
 
 
 def check_bits(seen: Path, unseen: Path) -> None:
@@ -125,7 +135,7 @@ def test_a_run_that_is_looked_at_has_the_bits_of_one_that_is_not(runs: dict[str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["2/qlora", "2/lora", "2/plain", "1/full"])
+@pytest.mark.parametrize("kind", ["2/qlora", "2/lora", "2/plain", "1/full", "1/half"])
 def test_looking_moves_no_bit_of_any_other_run(kind: str, more_runs: dict[str, Path]) -> None:
     check_bits(more_runs[f"{kind}/seen"], more_runs[f"{kind}/unseen"])
 
