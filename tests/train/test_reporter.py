@@ -32,7 +32,8 @@ def line(step: int, attempt: int = 1, **more: Any) -> dict[str, Any]:
         "loss": 10.0 * attempt + step,
         "lr": 1e-3,
         "grad_norm": None,
-        "num_tokens": 1500,
+        "tokens_per_second": 3000.0,
+        "mfu": None,
         "seconds": 0.5,
         "data_seconds": 0.05,
         "save_seconds": 0.0,
@@ -144,7 +145,8 @@ def test_the_line_of_progress_says_what_there_is() -> None:
     lines = [line(step) for step in range(1, 11)]
     spent = account(lines, {1: 105.5}, [])
     assert note(lines, [], None) == "loss 20.000, 3,000 tokens/s, data wait 10%, 2 workers"
-    lines[-1] |= {"mfu": 0.413}
+    for entry, mfu in zip(lines[-2:], (0.4, 0.426), strict=True):
+        entry["mfu"] = mfu
     told = note(lines, [look(0), look(10)], spent)
     assert told == (
         "loss 20.000, validation 15.000, 3,000 tokens/s, MFU 41.3%, data wait 10%, goodput 47%, 2 workers"

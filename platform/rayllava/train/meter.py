@@ -66,11 +66,6 @@ def read_metrics(place: Place) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def speed(line: dict[str, Any]) -> float:
-    """Return the tokens a second of a metrics line: positions that are not padding, of all workers together."""
-    return float(line.get("tokens_per_second") or line["num_tokens"] / max(1e-9, line["seconds"]))
-
-
 class Tail:
     """Reads a growing file of lines piece by piece."""
 

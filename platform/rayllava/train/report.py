@@ -19,7 +19,7 @@ from rayllava.recipe import Recipe, load
 from rayllava.spec import words
 from rayllava.train import goodput, watch
 from rayllava.train.goodput import Goodput
-from rayllava.train.meter import read_lines, read_metrics, speed
+from rayllava.train.meter import read_lines, read_metrics
 
 Line = dict[str, Any]
 
@@ -94,8 +94,9 @@ def _curves(entries: list[Line], looks: list[Line]) -> Any:
     loss.legend()
     rate.plot(steps, [entry["lr"] for entry in entries], color="#2a6f97")
     rate.set(title="learning rate")
-    tokens.plot(steps, [speed(entry) for entry in entries], color="#2a6f97", alpha=0.3)
-    tokens.plot(steps, _smooth([speed(entry) for entry in entries]), color="#2a6f97")
+    speeds = [entry["tokens_per_second"] for entry in entries]
+    tokens.plot(steps, speeds, color="#2a6f97", alpha=0.3)
+    tokens.plot(steps, _smooth(speeds), color="#2a6f97")
     tokens.set(title="tokens per second", xlabel="step", ylim=(0, None))
     workers.step(steps, [entry["world_size"] for entry in entries], color="#2a6f97", where="mid")
     workers.set(title="workers", xlabel="step", ylim=(0, None))

@@ -20,7 +20,7 @@ from rayllava.progress import Progress
 from rayllava.train import goodput, report
 from rayllava.train.gauges import Gauges
 from rayllava.train.goodput import Goodput
-from rayllava.train.meter import Tail, speed
+from rayllava.train.meter import Tail
 from rayllava.train.tracks import Follower, Line
 from rayllava.train.watch import FILE
 
@@ -129,14 +129,19 @@ def numbers(lines: list[Line], looks: list[Line], spent: Goodput | None) -> dict
         "step": last["step"],
         "loss": last["loss"],
         "validation_loss": next((look["loss"] for look in reversed(looks) if look["loss"] is not None), None),
-        "tokens_per_second": sum(map(speed, recent)) / len(recent),
-        "mfu": last.get("mfu"),
+        "tokens_per_second": _mean(recent, "tokens_per_second"),
+        "mfu": None if last["mfu"] is None else _mean(recent, "mfu"),
         "workers": last["world_size"],
     }
     if spent:
         names = ("useful", "data", "save", "watch", "lost", "restart", "waiting")
         found |= {"goodput": spent.goodput} | {f"{name}_seconds": getattr(spent, name) for name in names}
     return found
+
+
+def _mean(lines: list[Line], field: str) -> float:
+    known = [line[field] for line in lines if line[field] is not None]
+    return sum(known) / len(known)
 
 
 def _share(lines: list[Line], field: str) -> float:

@@ -17,11 +17,10 @@ from typing import Any, Protocol
 from rayllava.checkpoint.run import RunManifest
 from rayllava.place import Place
 from rayllava.shelf import Shelf
-from rayllava.train.meter import speed
 
 Line = dict[str, Any]
 
-_SCALARS = ("loss", "lr", "grad_norm", "seconds", "world_size", "epoch", "mfu")
+_SCALARS = ("loss", "lr", "grad_norm", "seconds", "world_size", "epoch", "tokens_per_second", "mfu")
 """Fields of a metrics line that a track gets, where the line has them."""
 
 
@@ -136,8 +135,7 @@ class Follower:
 def scalars(line: Line) -> dict[str, float]:
     """Return what a track gets of a metrics line."""
     found = {f"train/{name}": float(line[name]) for name in _SCALARS if line.get(name) is not None}
-    seconds = max(1e-9, line["seconds"])
-    return found | {"train/tokens_per_second": speed(line), "train/data_share": line["data_seconds"] / seconds}
+    return found | {"train/data_share": line["data_seconds"] / max(1e-9, line["seconds"])}
 
 
 def table(answers: list[Line]) -> str:
