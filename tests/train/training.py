@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,6 +105,8 @@ def _curve(
         loss, entry = advance(engine, step, num_steps=steps)
         losses.append(loss)
         entries.append(entry)
+        if saver and step == first:
+            engine.gather()  # the copies that the save below fills anew
         if saver and step + 1 == save_at:
             saver.start(step + 1, engine.gather(), entries)
             saver.wait()
@@ -269,6 +272,8 @@ def poisoned(task: dict[str, Any]) -> dict[str, Any]:
         loop.run(manifest, decision, feed(), device=torch.device("cpu"), largest=(4, 40, 4))
     except ValueError as error:
         said = str(error)
+    while Store(run).latest() is None or Store(run).latest().name != "step-000002":  # type: ignore[union-attr]
+        time.sleep(0.1)
     saved = dict(read_tensors(Store(run).fetch("step-000002"), "param/"))
     held = {key.removeprefix("param/"): value for key, value in engines[0].gather().items() if "param/" in key}
     return {

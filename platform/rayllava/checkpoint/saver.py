@@ -63,8 +63,8 @@ class Saver:
     def start(self, step: int, tensors: Mapping[str, Tensor], entries: Sequence[LedgerEntry]) -> None:
         """Begin to write this rank's share of the checkpoint after `step` steps, once the one before is written.
 
-        `tensors` are copies on the CPU that nobody changes; they may be none. `entries` say what the rank
-        computed since the last save, a line a step. Raises what made the save before fail.
+        `tensors` are copies on the CPU that nobody changes before they are written; they may be none. `entries` say
+        what the rank computed since the last save, a line a step. Raises what made the save before fail.
         """
         self.wait()
         assert step > self._step, f"step {step} saved after step {self._step}"

@@ -43,6 +43,7 @@ class Engine:
         self.world_size = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
         self.zero = recipe.scale.zero
+        self._copies: dict[str, Tensor] = {}
         if recipe.scale.checkpointing:
             model.recompute()
         _train(model)
@@ -137,12 +138,13 @@ class Engine:
     def gather(self) -> dict[str, Tensor]:
         """Return this rank's share of the trained state, float32 copies on the CPU by their stored names. Collective.
 
-        Every parameter is gathered in turn and kept by one rank, so no rank holds the whole.
+        Every parameter is gathered in turn and kept by one rank, so no rank holds the whole. The copies stay the
+        engine's and the next call fills them anew, so what is written from them has to be written by then: memory
+        that is used for the first time costs several times what the copying does.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         self._link_states()
-        kept: dict[str, Tensor] = {}
         for index, (name, parameter) in enumerate(self._trained()):
             if self._plain:
                 state = self.optimizer.state[parameter]
@@ -153,8 +155,11 @@ class Engine:
             if index % self.world_size == self.rank:
                 for kind, tensor in zip(("param", *_MOMENTS), full, strict=True):
                     assert tensor.shape == _full_shape(parameter), f"{kind} of {name} is not whole"
-                    kept[f"{kind}/{name}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-        return kept
+                    key = f"{kind}/{name}"
+                    if key not in self._copies:
+                        self._copies[key] = torch.empty(tensor.shape, dtype=torch.float32)
+                    self._copies[key].copy_(tensor.detach())
+        return self._copies
 
     def load(self, checkpoint_dir: Path | None, *, step: int, rehearsed: Batch) -> None:
         """Take over weights, moments and step count of a checkpoint saved under any ZeRO stage and world size.

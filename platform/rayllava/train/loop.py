@@ -210,6 +210,7 @@ class _Loop:
     def _save(self) -> None:
         self.watchdog.at(self.done, "save")
         began = time.monotonic()
+        self.saver.wait()  # it writes what the engine is about to fill anew
         self.saver.start(self.done, self.engine.gather(), self.entries)
         self.entries, self.saved = [], self.done
         if self.meter:
