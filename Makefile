@@ -3,7 +3,8 @@ BIN := .venv/bin
 # Ray's own choice of authentication depends on what an earlier program left in the home folder; ours does not.
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: install quickstart test test-slow check format serve bench-data bench-spot
+.PHONY: install quickstart test test-slow check format serve
+.PHONY: bench-data bench-train bench-checkpoint bench-spot
 
 install: .venv/installed
 
@@ -36,6 +37,12 @@ serve: install
 
 bench-data: benchmarks/.venv/installed
 	benchmarks/.venv/bin/python benchmarks/data.py
+
+bench-train: install
+	$(BIN)/python benchmarks/train.py
+
+bench-checkpoint: install
+	$(BIN)/python benchmarks/checkpoint.py
 
 bench-spot: install
 	$(BIN)/python benchmarks/spot.py --trace mixed

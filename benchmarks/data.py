@@ -37,8 +37,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT / "platform"), str(ROOT), str(HERE)]
 
 from contender import BATCH, CONTENDERS  # noqa: E402
-from machine import machine  # noqa: E402
 from pictures import files, make  # noqa: E402
+from report import keep, machine, say  # noqa: E402
 
 WORKERS = (2, 3)
 """Tried for every loader; the better one is measured."""
@@ -114,9 +114,7 @@ def main() -> None:
     text = render(report)
     print(text)
     if not args.quick:
-        out = HERE / "results" / f"data-{report['date']}-{'-'.join(report['rates'])}"
-        out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-        out.with_suffix(".md").write_text(text + "\n")
+        keep(f"data-{report['date']}-{'-'.join(report['rates'])}", report, text)
 
 
 def fast_error(pictures: Set) -> dict[str, float]:
@@ -279,10 +277,6 @@ def render(report: dict[str, Any]) -> str:
             f"({one['ratio_by_cpu']:.2f} by CPU time), target {one['least']}"
         )
     return "\n".join(lines)
-
-
-def say(text: str) -> None:
-    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

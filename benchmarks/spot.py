@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT / "platform"), str(ROOT)]
 
 from benchmarks import availability, verdict  # noqa: E402
 from benchmarks.availability import Act  # noqa: E402
-from benchmarks.machine import machine  # noqa: E402
+from benchmarks.report import machine  # noqa: E402
 from rayllava import durable, log, versions  # noqa: E402
 from rayllava.place import Place  # noqa: E402
 from rayllava.progress import Progress  # noqa: E402

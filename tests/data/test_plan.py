@@ -6,11 +6,12 @@ import itertools
 import time
 import tracemalloc
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
+from benchmarks.samples import draw
 from rayllava.data.order import permutation
 from rayllava.data.plan import GROUP, WINDOW, Atom, Group, Plan, Tail, packed
 
@@ -198,6 +199,21 @@ def test_ten_million_samples_open_and_jump_at_once(tmp_path: Path) -> None:
         tracemalloc.stop()
         assert seconds < 3, f"{seconds:.1f} s with group={group}, max_tokens={max_tokens}"
         assert peak < 40e6, f"{peak / 1e6:.0f} MB with group={group}, max_tokens={max_tokens}"
+
+
+# -- what is computed for nothing -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [{"max_tokens": 2048}, {"max_tokens": 4096}, {"group": "length"}], ids=str)
+@pytest.mark.parametrize(("num_workers", "least"), [(1, 0.93), (8, 0.90)])
+def test_ranks_compute_little_but_samples_whose_lengths_are_like_llavas(
+    words: dict[str, Any], num_workers: int, least: float
+) -> None:
+    lengths, images = draw(20_000)
+    plan = Plan(20_000, lengths, seed=0, global_batch=128, atom=16, images=images, max_length=2048, **words)
+    hands = [plan.share(k, num_workers) for k in range(plan.num_steps)]
+    slowest = [max(sum(atom.cost if atom else 2 for atom in hand) for hand in step) for step in hands]
+    assert lengths.sum() / (num_workers * sum(slowest)) >= least
 
 
 # -- packing -----------------------------------------------------------------------------------------------
