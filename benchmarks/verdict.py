@@ -126,9 +126,9 @@ def render(report: dict[str, Any]) -> str:
         samples = one["samples"]
         usual = ", ".join(f"{seconds:.2f} at W={size}" for size, seconds in sorted(one["spent"]["usual"].items()))
         told = f"in {samples['epochs']} finished epochs {samples['lost']} lost, {samples['doubled']} doubled"
-        told += f"; load average before it {one['load']:.1f}"
-        told += f", {one['drivers']} drivers" if one["drivers"] > 1 else ""
-        lines.append(f"- {name}: {told}; an undisturbed step takes {usual} s")
+        told += f"; an undisturbed step takes {usual} s; load average before it {one['load']:.1f}"
+        told += f"; {one['drivers']} drivers" if one["drivers"] > 1 else ""
+        lines.append(f"- {name}: {told}")
     if "audit" in found.get("ours", {}):
         lines.append(f"- audit of ours: {found['ours']['audit']}")
     lines += ratios(found)

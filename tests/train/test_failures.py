@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
@@ -31,8 +33,16 @@ def decide(run: Place, *, attempt: int, cursor: int) -> None:
     write_decision(run, Decision(attempt=attempt, checkpoint=None, cursor=cursor, world_size=2, driver="test"))
 
 
+def failing(run: Place, *nodes: dict[str, Any]) -> Failures:
+    return Failures(FailureConfig(max_failures=-1), run, lambda: list(nodes))
+
+
+def node(port: int) -> dict[str, Any]:
+    return {"Alive": True, "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}
+
+
 def decisions(run: Place, *errors: TrainingFailedError) -> list[FailureDecision]:
-    failures = Failures(FailureConfig(max_failures=-1), run)
+    failures = failing(run)
     return [failures.make_decision(error) for error in errors]
 
 
@@ -41,10 +51,20 @@ def test_a_collective_that_breaks_at_the_same_place_ends_the_run(run: Place) -> 
 
 
 def test_a_collective_may_break_as_often_as_it_likes_in_a_run_that_gets_on(run: Place) -> None:
-    failures = Failures(FailureConfig(max_failures=-1), run)
+    failures = failing(run)
     for attempt in range(2, 12):
         decide(run, attempt=attempt, cursor=10 * attempt)
         assert failures.make_decision(BROKEN) == RETRY
+
+
+def test_a_node_that_the_cluster_still_believes_in_is_a_lost_one(run: Place) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_server(("127.0.0.1", 0)) as other:
+        here, gone = node(listening.getsockname()[1]), node(other.getsockname()[1])
+        other.close()
+        failures = failing(run, here, gone)
+        assert {failures.make_decision(BROKEN) for _ in range(9)} == {RETRY}
+        failures = failing(run, here, gone | {"Alive": False})
+        assert [failures.make_decision(BROKEN) for _ in range(4)] == [RETRY, RETRY, RETRY, RAISE]
 
 
 def test_lost_workers_are_replaced_for_ever(run: Place) -> None:

@@ -14,6 +14,7 @@ import json
 import logging
 import socket
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import ray
@@ -215,9 +216,12 @@ class Capacity(ElasticScalingPolicy):
 class Failures(FailurePolicy):
     """Lost workers are replaced for ever; what a worker did wrong itself ends the run."""
 
-    def __init__(self, failure_config: FailureConfig, run: Place) -> None:
+    def __init__(
+        self, failure_config: FailureConfig, run: Place, nodes: Callable[[], list[dict[str, Any]]] = ray.nodes
+    ) -> None:
         super().__init__(failure_config)
         self.run = run
+        self.nodes = nodes
         self._broken = 0
         self._cursor = 0
 
@@ -231,10 +235,11 @@ class Failures(FailurePolicy):
             log.warning("rank %d: %s: %s", rank, type(error).__name__, (str(error).splitlines() or [""])[0])
         if any(isinstance(error, _MISTAKES) for error in failures.values()):
             return FailureDecision.RAISE
-        if any(_lost(error) for error in failures.values()):
+        # The others see their connections break before the cluster knows of a dead node.
+        if any(_lost(error) for error in failures.values()) or not all(map(_answers, _alive(self.nodes()))):
             self._broken = 0
             return FailureDecision.RETRY
-        # A collective that broke without a dead worker, say, or before anybody knew of one.
+        # A collective that broke without a dead worker, say.
         attempt = runs.newest_attempt(self.run)
         cursor = runs.read_decision(self.run, attempt).cursor if attempt else 0
         self._broken = self._broken + 1 if cursor == self._cursor else 1
@@ -278,13 +283,18 @@ def room(resources: dict[str, float]) -> list[Room]:
     """Return where there is room for workers of these resources."""
     going = draining()
     found = []
-    for node in ray.nodes():
-        if node["Alive"] and node["NodeID"] not in going:
+    for node in _alive(ray.nodes()):
+        if node["NodeID"] not in going:
             fits = [node["Resources"].get(name, 0.0) // need for name, need in resources.items() if need > 0]
             if min(fits) and _answers(node):
                 address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
                 found.append(Room(node["NodeID"], address, int(min(fits))))
     return found
+
+
+def _alive(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the nodes that the cluster believes to be there."""
+    return [node for node in nodes if node["Alive"]]
 
 
 def _answers(node: dict[str, Any]) -> bool:
