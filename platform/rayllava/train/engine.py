@@ -169,8 +169,10 @@ class Engine:
         the engine stands before its first step. `rehearsed` is computed first, without effect: the optimizer's
         states exist after a step alone, and a batch that is too large for the memory shows here.
         """
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        import deepspeed.utils as ds
 
+        set_weight = ds.safe_set_local_fp32_param if self.zero == 3 else ds.safe_set_full_fp32_param
+        set_moment = ds.safe_set_local_optimizer_state if self.zero == 3 else ds.safe_set_full_optimizer_state
         self._rehearse(rehearsed)
         self._link_states()
         trained = dict(self._trained())
@@ -182,17 +184,28 @@ class Engine:
                 parameter = trained[name]
                 missing.discard(name)
                 tensor = tensor.to(self.device)
+                if self.zero == 3:
+                    tensor = self._part(tensor)
                 if kind == "param":
                     if not self._plain:
-                        safe_set_full_fp32_param(parameter, tensor)
+                        set_weight(parameter, tensor)
                 elif self._plain:
                     self.optimizer.state[parameter][kind].copy_(tensor)
                 else:
-                    safe_set_full_optimizer_state(parameter, tensor, kind)
+                    set_moment(parameter, tensor, kind)
             assert not missing, f"checkpoint {checkpoint_dir} lacks {kind} of {sorted(missing)[:3]}"
         for state in self._inner.state.values():
             if "step" in state:
                 state["step"] = torch.full_like(state["step"], float(step))
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        """Return this rank's part of a tensor as ZeRO-3 cuts it: ranks hold as much, so the last one's end is padding.
+
+        DeepSpeed 0.19.8 does the same when it gathers a tensor, but not when it is given a whole one.
+        """
+        size = -(-tensor.numel() // self.world_size)
+        padded = torch.nn.functional.pad(tensor.flatten(), (0, size * self.world_size - tensor.numel()))
+        return padded[size * self.rank : size * (self.rank + 1)]
 
     def _rehearse(self, batch: Batch) -> None:
         """Do a step that changes nothing: rate 0, loss times 0."""
