@@ -199,7 +199,7 @@ class Engine:
                 state["step"] = torch.full_like(state["step"], float(step))
 
     def _part(self, tensor: Tensor) -> Tensor:
-        """Return this rank's part of a tensor as ZeRO-3 cuts it: ranks hold as much, so the last one's end is padding.
+        """Return this rank's part of a tensor as ZeRO-3 cuts it: all are as long, so the last one ends with padding.
 
         DeepSpeed 0.19.8 does the same when it gathers a tensor, but not when it is given a whole one.
         """
