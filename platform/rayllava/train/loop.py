@@ -112,7 +112,8 @@ class _Loop:
         """Do a step, 0-based, and whatever is due after it."""
         recipe, engine = self.recipe, self.engine
         began = time.monotonic()
-        fed = began - self.waited - self.watched  # what was watched by now was it before an attempt's first step
+        # By now a save has held up the step, and before an attempt's first step there was a look.
+        fed = began - self.waited - self.watched - self.stall
         self.watchdog.at(step + 1, "count")
         work = Work.of(atoms)
         targets, samples, left_out, asked, positions, tokens, pairs, images = engine.sum(
@@ -127,7 +128,7 @@ class _Loop:
         )
         if asked:
             self._save_and_hold()
-            self.waited, fed, self.watched = time.monotonic(), 0.0, 0.0
+            self.waited, fed, self.watched, self.stall = time.monotonic(), 0.0, 0.0, 0.0
         self.num_rejected += left_out
         _check_rejected(rejected, self.num_rejected, self.manifest)
         if not targets:
@@ -156,8 +157,7 @@ class _Loop:
             )
         self.done = step + 1
         self.entries.append(_entry(step, epoch, atoms, rejected, self.decision))
-        self.look()  # first, so that a kill in it cannot leave a checkpoint whose step has no line of metrics
-        self._save_if_due()
+        self.look()
         now = time.monotonic()
         seconds = now - self.waited
         if self.meter:
@@ -188,6 +188,7 @@ class _Loop:
         self.pace = 0.9 * self.pace + 0.1 * seconds if self.pace else seconds
         signals.tell(step=self.done, num_steps=self.manifest.num_steps, step_seconds=self.pace)
         self.waited = now
+        self._save_if_due()  # last, so that no kill leaves a checkpoint whose step has no line of metrics
         self.watchdog.at(self.done, "data")
 
     def look(self, *, started: bool = False) -> None:
@@ -210,11 +211,11 @@ class _Loop:
     def _save(self) -> None:
         self.watchdog.at(self.done, "save")
         began = time.monotonic()
+        if self.meter:
+            self.meter.flush()
         self.saver.wait()  # it writes what the engine is about to fill anew
         self.saver.start(self.done, self.engine.gather(), self.entries)
         self.entries, self.saved = [], self.done
-        if self.meter:
-            self.meter.flush()
         self.stall += time.monotonic() - began
 
     def _save_and_hold(self) -> None:
