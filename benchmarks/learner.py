@@ -32,8 +32,6 @@ WARM = 2
 
 
 def ours(job: Job, **data: Any) -> dict[str, Any]:
-    import torch
-
     from rayllava.checkpoint.lease import Lease
     from rayllava.checkpoint.run import RunManifest, write_run
     from rayllava.checkpoint.store import decide
@@ -81,10 +79,9 @@ def ours(job: Job, **data: Any) -> dict[str, Any]:
     cpu: list[float] = []
     pool = examples(shape, len(lengths))
     feed = _feed(plan, pool, packed=recipe.data.max_tokens is not None, pad=spec.pad_token_id, cpu=cpu)
-    device = torch.device(shape.device)
     with Lease(run) as lease:
         decision = decide(run, world_size=1, driver=lease.id)
-        loop.run(manifest, decision, feed, device=device, largest=plan.largest())
+        loop.run(manifest, decision, feed, device=loop.worker_device(shape.device), largest=plan.largest())
     lines = read_metrics(run / "metrics.jsonl")
     shutil.rmtree(run.local)
     return {
