@@ -141,53 +141,61 @@ def test_a_store_that_cannot_be_written_is_named(
     assert ("NO_SUCH_BUCKET" in said) == ("bucket" in why), said
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """A function that starts a job; what is left of it in the end is ended."""
-    started = []
+class Job:
+    """A job that runs, in a process group of its own; what it says goes to a file."""
 
-    def start(*command: str) -> subprocess.Popen[str]:
+    def __init__(self, log: Path, *command: str) -> None:
+        self.log = log
         env = os.environ | {"PYTHONPATH": str(ROOT / "platform"), "RAY_AUTH_MODE": "disabled"}
-        pipe = subprocess.PIPE
-        started.append(
-            subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=env,
-                stdout=pipe,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True
             )
-        )
-        return started[-1]
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def finish(self, seconds: float) -> str:
+        """Return what it said when it has ended well."""
+        assert self.process.wait(timeout=seconds) == 0, self.said()
+        return self.said()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """A function that starts a job; what is left of it in the end is ended."""
+    jobs: list[Job] = []
+
+    def start(*command: str) -> Job:
+        jobs.append(Job(tmp_path / f"{len(jobs)}.log", *command))
+        return jobs[-1]
 
     yield start
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    for job in jobs:
+        job.kill()
 
 
 @pytest.mark.slow
 def test_a_run_in_a_store_survives_its_driver(
-    address: str, bases: ModelSpec, dialogues: Path, start: Callable[..., subprocess.Popen[str]]
+    address: str, bases: ModelSpec, dialogues: Path, start: Callable[..., Job]
 ) -> None:
     out = address.format("killed")
     run, fields = Place(out), [*words(bases, dialogues, out), "data.epochs=8", "scale.workers=2"]
     driver = start("jobs/finetune.py", "tiny.finetune", *fields)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 240
     while len(read_metrics(run / "metrics.jsonl")) < 10:
-        assert driver.poll() is None, driver.stdout and driver.stdout.read()
-        assert time.monotonic() < deadline, "no ten steps in five minutes"
-        time.sleep(0.2)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.communicate(timeout=60)
-    time.sleep(3)  # Ray's processes end with their driver
+        assert driver.process.poll() is None and time.monotonic() < deadline, driver.said()
+        time.sleep(0.5)
+    os.kill(driver.process.pid, signal.SIGKILL)
+    time.sleep(5)  # Ray's processes end with their driver
     before = {line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl")}
 
-    said, _ = (again := start("jobs/finetune.py", "tiny.finetune", *fields)).communicate(timeout=300)
-    assert again.returncode == 0, said
+    start("jobs/finetune.py", "tiny.finetune", *fields).finish(300)
     second = runs.read_decision(run, 2)
     assert second.cursor >= 7 and second.checkpoint == f"step-{second.cursor:06d}"
     after = {line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl")}
@@ -196,8 +204,7 @@ def test_a_run_in_a_store_survives_its_driver(
         assert after[step] == pytest.approx(loss, rel=1e-4)
     assert runs.read_run(run).finished
 
-    said, _ = (audited := start("jobs/audit.py", out)).communicate(timeout=60)
-    assert audited.returncode == 0, said
+    said = start("jobs/audit.py", out).finish(60)
     assert "exactly once: 60 samples x 8 epochs, 48 steps, 2 attempts, world size 2" in said
     assert answer(out)
 
