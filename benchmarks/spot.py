@@ -98,11 +98,8 @@ def main() -> None:
         for number, name in enumerate(names):
             row = partial(_show, progress, path.stem, name, number * seconds)
             play(name, acts, seconds, out / name, data, row)
-    found = {
-        name: verdict.judge(name, out / name, num_samples=data.num_samples)
-        for name in CONTENDERS
-        if (out / name / "record.json").is_file()
-    }
+    there = [name for name in CONTENDERS if _finished(out / name, _asked(acts, data))]
+    found = {name: verdict.judge(name, out / name, num_samples=data.num_samples) for name in there}
     report = {
         "date": str(date.today()),
         "machine": machine(),
@@ -202,11 +199,10 @@ def play(
     name: str, acts: list[Act], seconds: float, out: Path, data: Data, show: Callable[[float, str], None]
 ) -> None:
     """Train through a trace and write down in OUT/record.json what was done when, unless it is there."""
-    asked = {"work": WORK | {"samples": data.num_samples}, "acts": [list(act) for act in acts]}
-    with contextlib.suppress(FileNotFoundError):
-        if json.loads((out / "record.json").read_text()).get("asked") == asked:
-            show(seconds, "was finished")
-            return
+    asked = _asked(acts, data)
+    if _finished(out, asked):
+        show(seconds, "was finished")
+        return
     shutil.rmtree(out, ignore_errors=True)
     (out / "lab").mkdir(parents=True)
     done: list[tuple[float, Act]] = []
@@ -242,6 +238,16 @@ def play(
         "done": [[at, list(act)] for at, act in done],
     }
     durable.write_json(out / "record.json", record)
+
+
+def _asked(acts: list[Act], data: Data) -> dict[str, Any]:
+    return {"work": WORK | {"samples": data.num_samples}, "acts": [list(act) for act in acts]}
+
+
+def _finished(out: Path, asked: dict[str, Any]) -> bool:
+    """Say whether a contender has been through this trace with this work."""
+    record = out / "record.json"
+    return record.is_file() and json.loads(record.read_text())["asked"] == asked
 
 
 def _show(progress: Progress, row: str, name: str, before: float, passed: float, note: str) -> None:
