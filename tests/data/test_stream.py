@@ -84,7 +84,9 @@ def attempt(spec: StreamSpec, stop: int) -> Atoms:
     return found
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize(
+    "number", [*range(8), *(pytest.param(number, marks=pytest.mark.slow) for number in range(8, 20))]
+)
 def test_a_disturbed_run_computes_what_an_undisturbed_one_does(
     number: int, dialogues: Path, processor: tuple[ProcessorSpec, str], tmp_path: Path
 ) -> None:

@@ -47,7 +47,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         os.killpg(node.pid, signal.SIGTERM)
         try:
-            node.wait(timeout=60)
+            node.wait(timeout=10)
         except subprocess.TimeoutExpired:
             os.killpg(node.pid, signal.SIGKILL)
             node.wait()

@@ -48,7 +48,7 @@ def test_a_sample_that_is_lost_or_doubled_inside_the_stream_fails_the_audit(
     assert said in found.text()
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_killed_and_continued_by_as_many_ranks_has_the_same_bits(
     zero: int, parts: ModelSpec, dialogues: Path, tmp_path: Path
 ) -> None:

@@ -20,20 +20,16 @@ TUNINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("world_size", "num"),
-    [(2, 6), (3, 6), *(pytest.param(size, 67, marks=pytest.mark.slow) for size in (2, 3, 4))],
+    [(2, 6), *(pytest.param(size, 67, marks=pytest.mark.slow) for size in (2, 3, 4))],
 )
 def test_text_one_picture_and_several_in_any_mixture(world_size: int, num: int, parts: ModelSpec) -> None:
-    seeds = range(1000 * world_size, 1000 * world_size + num)
+    seeds = list(range(1000 * world_size, 1000 * world_size + num))
     cut = -(-num // len(TUNINGS))
-    for number, changes in enumerate(TUNINGS):
-        task = {
-            "model": parts.model_dump(),
-            "changes": changes | {"lr": 1e-3},
-            "seeds": list(seeds[number * cut : (number + 1) * cut]),
-        }
-        function = "tests.train.training:mixtures"
-        reference = run_ranks(function, 1, task | {"zeros": [0]})[0]["0"]
-        for losses in run_ranks(function, world_size, task | {"zeros": [1, 2, 3]}, seconds=600):
-            for zero, found in losses.items():
-                assert found == pytest.approx(reference, rel=1e-4), f"ZeRO-{zero} at W={world_size}"
-        assert np.ptp(reference) > 1e-3, "the mixtures differ, or equal losses mean nothing"
+    given = [(changes, seeds[number * cut : (number + 1) * cut]) for number, changes in enumerate(TUNINGS)]
+    task = {"model": parts.model_dump(), "given": given}
+    function = "tests.train.training:mixtures"
+    reference = run_ranks(function, 1, task | {"zeros": [0]})[0]["0"]
+    for losses in run_ranks(function, world_size, task | {"zeros": [1, 2, 3]}, seconds=900):
+        for zero, found in losses.items():
+            assert found == pytest.approx(reference, rel=1e-4), f"ZeRO-{zero} at W={world_size}"
+    assert len(reference) == num and np.ptp(reference) > 1e-3, "the mixtures differ, or equal losses mean nothing"

@@ -166,11 +166,16 @@ def states(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def mixtures(task: dict[str, Any]) -> dict[str, list[float]]:
-    """Train on the mixtures of the task, a step each, under every ZeRO stage of it; return the losses by stage."""
-    found = {}
+    """Train on mixtures, a step each, under every ZeRO stage of the task; return the losses by stage.
+
+    `given` are pairs of changes of `recipe` and the seeds of its mixtures.
+    """
+    found: dict[str, list[float]] = {}
     for zero in task["zeros"]:
-        engine = opened(recipe(ModelSpec(**task["model"]), zero, **task["changes"]))
-        found[str(zero)] = [descend(engine, _dealt(engine, seed), seed, factor=1.0) for seed in task["seeds"]]
+        for changes, seeds in task["given"]:
+            engine = opened(recipe(ModelSpec(**task["model"]), zero, **{"lr": 1e-3, **changes}))
+            losses = [descend(engine, _dealt(engine, seed), seed, factor=1.0) for seed in seeds]
+            found.setdefault(str(zero), []).extend(losses)
     return found
 
 

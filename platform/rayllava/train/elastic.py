@@ -38,7 +38,7 @@ _SETTLE_S = 2.0
 """How long the first group waits for a node that is just coming when it would be below its largest size."""
 _SAVE_S = 120.0
 """Longest wait for a save before a planned change."""
-_RESTART_S = 20.0
+_RESTART_S = 10.0
 """What a restart is taken to cost when nothing else is known; growing must win twice that."""
 _MARGIN_S = 5.0
 """Before the deadline of a draining node that cannot be replaced, its group saves and waits."""
