@@ -178,8 +178,10 @@ class Capacity(ElasticScalingPolicy):
             self._trains = False
         if not self._trains:
             try:
-                self._trains = self._look().step_seconds > 0
-                self._spares.identity = ray.get(self._workers[0].execute_async(spares.identity), timeout=10)
+                trains = self._look().step_seconds > 0
+                if trains and self._spares.identity is None:
+                    self._spares.identity = ray.get(self._workers[0].execute_async(spares.identity), timeout=10)
+                self._trains = trains
             except (ray.exceptions.RayError, TimeoutError):
                 return
         if self._trains:
