@@ -25,7 +25,7 @@ from tests.train.test_reporter import shown
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def words(parts: ModelSpec, shards: Path, out: Path) -> list[str]:
+def words(parts: ModelSpec, shards: Path, out: Path | str) -> list[str]:
     return [
         f"data={shards}",
         f"out={out}",

@@ -28,6 +28,7 @@ from rayllava.train.audit import audit
 from rayllava.train.export import export
 from rayllava.train.meter import read_metrics
 from tests.data.store import bucket
+from tests.train import test_launch
 from tests.train.ranks import ROOT, run_ranks
 
 
@@ -68,16 +69,7 @@ def trained(address: str, bases: ModelSpec, dialogues: Path) -> Place:
 
 
 def words(parts: ModelSpec, shards: Path, out: str) -> list[str]:
-    return [
-        f"data={shards}",
-        f"out={out}",
-        f"model.llm={parts.llm}",
-        f"model.vision={parts.vision}",
-        "model.family=vicuna",
-        "data.global_batch=10",
-        "data.atom=2",
-        "save.every=7",
-    ]
+    return [*test_launch.words(parts, shards, out), "data.epochs=1"]
 
 
 def made(*fields: str) -> Recipe:
