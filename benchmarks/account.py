@@ -12,17 +12,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from benchmarks.availability import Act
-from rayllava.train import goodput
+from rayllava.train.goodput import Line
 
 _SLACK_S = 3.0
 """A worker may live and compute for so long after its node was killed."""
-
-Line = Mapping[str, Any]
 
 
 def kept(lines: Iterable[Line], cursors: Mapping[int, int], committed: int) -> list[Line]:
@@ -32,59 +30,6 @@ def kept(lines: Iterable[Line], cursors: Mapping[int, int], committed: int) -> l
         bounds[attempt] = bound
         bound = min(bound, cursors[attempt])
     return [line for line in lines if line["step"] <= bounds[line["attempt"]]]
-
-
-class Spent(NamedTuple):
-    """Where the time of a contender went, in seconds but for the first. See rayllava.train.goodput."""
-
-    goodput: float
-    """0 to 1: steps that count, at the undisturbed step time of their world size, by the time with nodes."""
-    wall: float
-    """From the start of the driver to the end of the trace."""
-    waiting: float
-    """Without enough nodes."""
-    useful: float
-    data: float
-    save: float
-    lost: float
-    """Steps that do not count."""
-    restart: float
-    """All the rest, an attempt's first batch included."""
-    usual: dict[int, float]
-    """Undisturbed step time by world size."""
-
-
-def spend(
-    lines: Sequence[Mapping[str, Any]], counting: Sequence[Line], *, start: float, end: float, waiting: float
-) -> Spent:
-    """Return the account of the time from `start` to `end`, in seconds since 1970."""
-    usual = goodput.step_times(lines)
-    first = {id(line) for line in firsts(lines)}
-    counts = {id(line) for line in counting}
-    wall = end - start
-    useful = sum(usual[line["world_size"]] for line in counting)
-    data = sum(line["data_seconds"] for line in counting if id(line) not in first)
-    save = sum(line["save_seconds"] for line in counting)
-    lost = sum(line["seconds"] for line in lines if id(line) not in counts | first)
-    return Spent(
-        goodput=useful / max(1e-9, wall - waiting),
-        wall=wall,
-        waiting=waiting,
-        useful=useful,
-        data=data,
-        save=save,
-        lost=lost,
-        restart=wall - waiting - useful - data - save - lost,
-        usual=usual,
-    )
-
-
-def firsts(lines: Iterable[Line]) -> list[Line]:
-    """Return the first line of each attempt."""
-    found: dict[int, Line] = {}
-    for line in lines:
-        found.setdefault(line["attempt"], line)
-    return list(found.values())
 
 
 def without_nodes(done: Iterable[tuple[float, Act]], *, least: int, end: float) -> float:

@@ -148,18 +148,12 @@ def opening(shards: Path, cursor: int) -> None:
     import tempfile
 
     from rayllava.data.shards import ShardManifest
-    from rayllava.prompt.assemble import assemble
-    from rayllava.recipe import DataSpec, PromptSpec
-    from tests.tiny import make_parts
+    from rayllava.recipe import DataSpec
+    from tests.tiny import assembled, make_parts
 
     with tempfile.TemporaryDirectory() as folder:
-        parts = make_parts(Path(folder) / "parts")
-        prompt = PromptSpec(template="vicuna_v1", max_length=2048)
         tokenizer = Path(folder) / "tokenizer"
-        tokenizer.mkdir()
-        processor = assemble(
-            llm_dir=Path(parts.llm), vision_dir=Path(parts.vision), model=parts, prompt=prompt, out_dir=tokenizer
-        )
+        processor = assembled(make_parts(Path(folder) / "parts"), tokenizer, max_length=2048)
         opened = time.monotonic()
         manifest = ShardManifest.load(shards)
         cursor = min(cursor, manifest.num_samples // 128 - 1)

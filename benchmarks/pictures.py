@@ -127,17 +127,8 @@ def _write_shards(folder: Path) -> None:
 
 
 def _write_processor(folder: Path) -> None:
-    from rayllava.prompt.assemble import assemble
-    from rayllava.recipe import PromptSpec
-    from tests.tiny import make_parts
+    from tests.tiny import assembled, make_parts
 
-    parts = make_parts(folder / "parts")
-    spec = assemble(
-        llm_dir=Path(parts.llm),
-        vision_dir=Path(parts.vision),
-        model=parts,
-        prompt=PromptSpec(template="vicuna_v1", max_length=2048),
-        out_dir=folder / "tokenizer",
-    )
+    spec = assembled(make_parts(folder / "parts"), folder / "tokenizer", max_length=2048)
     spec = spec.but(image_size=SIZE, num_image_tokens=(SIZE // 14) ** 2)
     (folder / "processor.json").write_text(spec.model_dump_json())

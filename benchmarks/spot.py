@@ -125,9 +125,7 @@ def make(folder: Path) -> Data:
     from rayllava.data.sharding import write_shards
     from rayllava.data.shards import ShardManifest
     from rayllava.demo.pictures import make_pictures
-    from rayllava.prompt.assemble import assemble
-    from rayllava.recipe import PromptSpec
-    from tests.tiny import make_parts
+    from tests.tiny import assembled, make_parts
 
     done = folder / "done.json"
     if not done.is_file() or json.loads(done.read_text()) != [PICTURES, SHARD_ROWS]:
@@ -141,13 +139,7 @@ def make(folder: Path) -> Data:
             connect=lambda: driver.connect("local", num_cpus=2),
         )
         parts = make_parts(folder / "parts")
-        processor = assemble(
-            llm_dir=Path(parts.llm),
-            vision_dir=Path(parts.vision),
-            model=parts,
-            prompt=PromptSpec(template="vicuna_v1", max_length=512),
-            out_dir=folder / "tokenizer",
-        )
+        processor = assembled(parts, folder / "tokenizer", max_length=512)
         durable.write_json(folder / "processor.json", processor.model_dump())
         durable.write_json(done, [PICTURES, SHARD_ROWS])
     return Data(folder, ShardManifest.load(folder / "shards").num_samples)

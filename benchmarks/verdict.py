@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import account
 from benchmarks.availability import Act
 from rayllava.place import Place
+from rayllava.train import goodput
 from rayllava.train.meter import read_lines
 
 
@@ -23,7 +24,7 @@ def judge(name: str, out: Path, *, num_samples: int) -> dict[str, Any]:
     cursors, decided, committed, samples = read(out / "run")
     counting = account.kept(lines, cursors, committed)
     waiting = account.without_nodes(done, least=1, end=end)
-    spent = account.spend(lines, counting, start=start, end=end, waiting=waiting)
+    spent = goodput.spend(lines, counting, start=start, end=end, waiting=waiting)
     steps = [samples[line["attempt"], line["step"]] for line in counting]
     seams = account.recoveries(lines, done, decided)
     kinds = ("loss", "announced loss", "join", "none")
@@ -33,6 +34,7 @@ def judge(name: str, out: Path, *, num_samples: int) -> dict[str, Any]:
         "attempts": len(cursors),
         "drivers": 1 + len(record["ended"]),
         "spent": spent._asdict(),
+        "usual": goodput.step_times(lines),
         "samples": account.count(steps, num_samples=num_samples)._asdict(),
         "recovery": {kind: account.quantiles([seam.first for seam in seams if seam.kind == kind]) for kind in kinds},
         "beyond": {
@@ -124,7 +126,7 @@ def render(report: dict[str, Any]) -> str:
     lines += ["", "Useful are different (sample, epoch) in steps that a checkpoint held at the end.", ""]
     for name, one in found.items():
         samples = one["samples"]
-        usual = ", ".join(f"{seconds:.2f} at W={size}" for size, seconds in sorted(one["spent"]["usual"].items()))
+        usual = ", ".join(f"{seconds:.2f} at W={size}" for size, seconds in sorted(one["usual"].items()))
         told = f"in {samples['epochs']} finished epochs {samples['lost']} lost, {samples['doubled']} doubled"
         told += f"; an undisturbed step takes {usual} s; load average before it {one['load']:.1f}"
         told += f"; {one['drivers']} drivers" if one["drivers"] > 1 else ""

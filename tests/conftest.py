@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rayllava import driver
-from rayllava.recipe import ModelSpec
+from rayllava.recipe import ModelSpec, ProcessorSpec
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +29,15 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     from tests.tiny import make_parts
 
     return make_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="session")
+def processor(parts: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> tuple[ProcessorSpec, str]:
+    """What turns dialogues into the batches of a model of those parts, and the folder of its tokenizer."""
+    from tests.tiny import assembled
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return assembled(parts, folder, max_length=256), str(folder)
 
 
 @pytest.fixture(scope="session")

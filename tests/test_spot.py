@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import account, availability
 from benchmarks.availability import Act, Change
+from rayllava.train import goodput
 
 TRACES = sorted((Path(availability.__file__).parent / "traces").glob("*.csv"))
 
@@ -121,8 +122,8 @@ def test_an_attempt_without_a_step_takes_back_what_came_after_its_checkpoint() -
 
 def test_the_account_is_that_of_a_run() -> None:
     counting = account.kept(LINES, CURSORS, 12)
-    spent = account.spend(LINES, counting, start=0, end=100, waiting=20)
-    assert spent.usual == {2: 1.0, 1: 2.0}
+    spent = goodput.spend(LINES, counting, start=0, end=100, waiting=20)
+    assert goodput.step_times(LINES) == {2: 1.0, 1: 2.0}
     assert spent.useful == 5 * 1 + 6 * 2 + 1
     assert spent.goodput == pytest.approx(18 / 80)
     assert spent.lost == 3 + 1  # steps 6 to 8 of the first attempt, 13 of the last

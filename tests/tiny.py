@@ -60,6 +60,18 @@ def make_parts(folder: Path) -> ModelSpec:
     return ModelSpec(llm=str(folder / "llm"), vision=str(folder / "vision"), family="vicuna")
 
 
+def assembled(parts: ModelSpec, folder: Path, *, max_length: int) -> ProcessorSpec:
+    """Write the tokenizer of a LLaVA made of these parts to `folder`; return its processor."""
+    from rayllava.prompt.assemble import assemble
+    from rayllava.recipe import PromptSpec
+
+    folder.mkdir(parents=True, exist_ok=True)
+    prompt = PromptSpec(template="vicuna_v1", max_length=max_length)
+    return assemble(
+        llm_dir=Path(parts.llm), vision_dir=Path(parts.vision), model=parts, prompt=prompt, out_dir=folder
+    )
+
+
 def processor_spec(**changes: object) -> ProcessorSpec:
     """The processor that `make_parts` leads to, for tests of rooms that only need its numbers."""
     return ProcessorSpec(

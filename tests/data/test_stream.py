@@ -17,24 +17,13 @@ from rayllava.data.sharding import write_shards
 from rayllava.data.shards import ShardManifest, ShardReader
 from rayllava.data.stream import Desk, Fed, StreamSpec, feed, rows, stream
 from rayllava.place import Place
-from rayllava.prompt.assemble import assemble
-from rayllava.recipe import DataSpec, ModelSpec, ProcessorSpec, PromptSpec
+from rayllava.recipe import DataSpec, ProcessorSpec
 from rayllava.records import Batch
 from tests.data.annotated import Folder
 from tests.data.store import bucket
 
 Atoms = dict[int, set[tuple[Any, ...]]]
 """What each step holds: its atoms by their bytes."""
-
-
-@pytest.fixture(scope="module")
-def processor(parts: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> tuple[ProcessorSpec, str]:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    prompt = PromptSpec(template="vicuna_v1", max_length=256)
-    made = assemble(
-        llm_dir=Path(parts.llm), vision_dir=Path(parts.vision), model=parts, prompt=prompt, out_dir=folder
-    )
-    return made, str(folder)
 
 
 def spec_of(shards: str, processor: tuple[ProcessorSpec, str], **words: Any) -> StreamSpec:

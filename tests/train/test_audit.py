@@ -26,8 +26,7 @@ from rayllava.data.measure import lengths_of
 from rayllava.data.shards import FORMAT, ROW_FILES, Shard, ShardManifest, write_parquet
 from rayllava.data.stream import Desk, StreamSpec, stream
 from rayllava.place import Place
-from rayllava.prompt.assemble import assemble
-from rayllava.recipe import DataSpec, ModelSpec, OptimSpec, ProcessorSpec, Projector, PromptSpec, Recipe
+from rayllava.recipe import DataSpec, OptimSpec, ProcessorSpec, Projector, PromptSpec, Recipe
 from rayllava.records import Sample, Turn
 from rayllava.train.audit import audit
 from tests.data.store import bucket
@@ -38,16 +37,6 @@ LONG = 17
 """The row whose question leaves no room for an answer."""
 
 Change = Callable[[LedgerEntry], LedgerEntry]
-
-
-@pytest.fixture(scope="module")
-def processor(parts: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> tuple[ProcessorSpec, str]:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    prompt = PromptSpec(template="vicuna_v1", max_length=256)
-    made = assemble(
-        llm_dir=Path(parts.llm), vision_dir=Path(parts.vision), model=parts, prompt=prompt, out_dir=folder
-    )
-    return made, str(folder)
 
 
 @pytest.fixture(scope="module")

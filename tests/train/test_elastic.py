@@ -27,7 +27,11 @@ from rayllava.train.meter import read_metrics
 from tests.train.lab import TRAINER, Lab
 from tests.train.ranks import run_ranks
 
-STEPS = 54
+STEPS = 55
+SAMPLES = 60
+LONG = 60
+"""Samples of a step that takes long enough, two seconds, for a new node to be worth a restart."""
+SHORT = 12
 
 TUNINGS = {
     "projector": ["tuning=projector"],
@@ -38,18 +42,26 @@ TUNINGS = {
 
 
 def words(
-    parts: ModelSpec, shards: Path, out: Path, tuning: str, zero: int, *, steps: int = STEPS, atom: int = 1
+    parts: ModelSpec,
+    shards: Path,
+    out: Path,
+    tuning: str,
+    zero: int,
+    *,
+    steps: int = STEPS,
+    batch: int = LONG,
+    atom: int = 1,
 ) -> list[str]:
-    """`atom` decides how long a step takes: sixty forward passes for 1."""
+    """A step takes `batch` / `atom` forward passes."""
     return [
         f"data={shards}",
         f"out={out}",
         f"model.llm={parts.llm}",
         f"model.vision={parts.vision}",
         "model.family=vicuna",
-        "data.global_batch=60",
+        f"data.global_batch={batch}",
         f"data.atom={atom}",
-        f"data.epochs={steps}",
+        f"data.epochs={steps * batch // SAMPLES}",
         "save.every=10",
         "scale.workers=1:3",
         f"scale.zero={zero}",
@@ -146,15 +158,16 @@ EVENTS: dict[str, Callable[[Scene], None]] = {
 @pytest.fixture(scope="module")
 def references(
     parts: ModelSpec, dialogues: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, int], Path]:
-    """Undisturbed runs by tuning and ZeRO stage."""
-    made: dict[tuple[str, int], Path] = {}
+) -> Callable[[str, int, int], Path]:
+    """Undisturbed runs by tuning, ZeRO stage and samples of a step."""
+    made: dict[tuple[str, int, int], Path] = {}
 
-    def reference(tuning: str, zero: int) -> Path:
-        if (tuning, zero) not in made:
+    def reference(tuning: str, zero: int, batch: int) -> Path:
+        key = (tuning, zero, batch)
+        if key not in made:
             out = tmp_path_factory.mktemp("undisturbed") / "run"
-            made[tuning, zero] = undisturbed(out, words(parts, dialogues, out, tuning, zero))
-        return made[tuning, zero]
+            made[key] = undisturbed(out, words(parts, dialogues, out, tuning, zero, batch=batch))
+        return made[key]
 
     return reference
 
@@ -207,20 +220,21 @@ def test_no_event_changes_what_is_computed(
     parts: ModelSpec,
     dialogues: Path,
     tmp_path: Path,
-    references: Callable[[str, int], Path],
+    references: Callable[[str, int, int], Path],
     event: str,
     tuning: str,
     zero: int,
 ) -> None:
     out = tmp_path / "run"
-    scene = Scene(lab, out, words(parts, dialogues, out, tuning, zero))
+    batch = LONG if event == "grow" else SHORT
+    scene = Scene(lab, out, words(parts, dialogues, out, tuning, zero, batch=batch))
     EVENTS[event](scene)
     scene.finish()
-    check(out, references(tuning, zero))
+    check(out, references(tuning, zero, batch))
 
 
 def test_a_hard_life(
-    lab: Lab, parts: ModelSpec, dialogues: Path, tmp_path: Path, references: Callable[[str, int], Path]
+    lab: Lab, parts: ModelSpec, dialogues: Path, tmp_path: Path, references: Callable[[str, int, int], Path]
 ) -> None:
     """A killed worker, a drain, a new node and a lost one in one run."""
     out = tmp_path / "run"
@@ -237,7 +251,7 @@ def test_a_hard_life(
     lab.kill(lab.nodes[0])
     scene.finish()
     assert planned == [0, 0], "a planned change redoes no step"
-    check(out, references("lora", 2))
+    check(out, references("lora", 2, LONG))
 
 
 @pytest.mark.slow

@@ -47,3 +47,9 @@ def test_every_second_has_one_place() -> None:
 def test_a_slow_first_step_is_no_measure_of_the_others() -> None:
     lines = [line(1, 9.0, seconds=9.0), *(line(step, 8.0 + step) for step in range(2, 11))]
     assert account(lines, {1: 0.0}, []).useful == pytest.approx(10.0)
+
+
+def test_the_first_batch_of_an_attempt_belongs_to_its_start() -> None:
+    lines = [line(1, 9.0, seconds=6.0, data=5.0), line(2, 10.0), line(3, 12.0, seconds=2.0, data=1.0)]
+    found = account(lines, {1: 0.0}, [])
+    assert (found.useful, found.data, found.restart) == (3.0, 1.0, 8.0)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
@@ -26,6 +26,9 @@ from typing import Any, NamedTuple
 from rayllava.checkpoint.run import decisions
 from rayllava.place import Place
 from rayllava.train.meter import read_lines
+
+Line = Mapping[str, Any]
+"""Of metrics.jsonl."""
 
 
 class Goodput(NamedTuple):
@@ -41,7 +44,7 @@ class Goodput(NamedTuple):
     watch: float
     lost: float
     restart: float
-    recoveries: tuple[float, ...]
+    recoveries: tuple[float, ...] = ()
     """From the last step of an attempt to the end of the first step of the next, waiting apart."""
 
     def text(self) -> str:
@@ -63,20 +66,30 @@ def measure(run: Place, lines: list[dict[str, Any]] | None = None) -> Goodput | 
 def account(lines: list[dict[str, Any]], decided: dict[int, float], waits: list[tuple[float, float]]) -> Goodput:
     """Return the account of metrics lines in the order they were written, attempts' times and waits for nodes."""
     counted = {line["step"]: line for line in lines}
-    usual = step_times(lines)
-    wall = lines[-1]["time"] - min(decided.values())
     waiting = sum(end - begin for begin, end in waits)
-    useful = sum(usual[line["world_size"]] for line in counted.values())
-    data = sum(line["data_seconds"] for line in counted.values())
-    save = sum(line["save_seconds"] for line in counted.values())
-    watch = sum(line.get("watch_seconds", 0.0) for line in counted.values())
-    lost = sum(line["seconds"] for line in lines if counted[line["step"]] is not line)
-    recoveries = [
+    spent = spend(lines, counted.values(), start=min(decided.values()), end=lines[-1]["time"], waiting=waiting)
+    recoveries = (
         after["time"]
         - before["time"]
         - sum(end - begin for begin, end in waits if before["time"] <= end <= after["time"])
-        for before, after in _seams(lines)
-    ]
+        for before, after in pairwise(lines)
+        if before["attempt"] != after["attempt"]
+    )
+    return spent._replace(recoveries=tuple(recoveries))
+
+
+def spend(lines: Sequence[Line], counting: Collection[Line], *, start: float, end: float, waiting: float) -> Goodput:
+    """Return the account of the time from `start` to `end`, seconds since 1970, of which the steps of `counting` are
+    the useful ones; without recoveries."""
+    usual = step_times(lines)
+    first = {id(line) for line in firsts(lines)}
+    counts = {id(line) for line in counting}
+    wall = end - start
+    useful = sum(usual[line["world_size"]] for line in counting)
+    data = sum(line["data_seconds"] for line in counting if id(line) not in first)
+    save = sum(line["save_seconds"] for line in counting)
+    watch = sum(line.get("watch_seconds", 0.0) for line in counting)
+    lost = sum(line["seconds"] for line in lines if id(line) not in counts | first)
     return Goodput(
         goodput=useful / max(1e-9, wall - waiting),
         wall=wall,
@@ -87,29 +100,29 @@ def account(lines: list[dict[str, Any]], decided: dict[int, float], waits: list[
         watch=watch,
         lost=lost,
         restart=max(0.0, wall - waiting - useful - data - save - watch - lost),
-        recoveries=tuple(recoveries),
     )
 
 
-def step_times(lines: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+def firsts(lines: Iterable[Line]) -> list[Line]:
+    """Return the first line of each attempt."""
+    found: dict[int, Line] = {}
+    for line in lines:
+        found.setdefault(line["attempt"], line)
+    return list(found.values())
+
+
+def step_times(lines: Sequence[Line]) -> dict[int, float]:
     """Return the undisturbed time of a step at each world size."""
-    seen: set[int] = set()
+    first = {id(line) for line in firsts(lines)}
     typical: dict[int, list[float]] = defaultdict(list)
     for line in lines:
-        if line["attempt"] not in seen:
-            seen.add(line["attempt"])
-            continue
-        typical[line["world_size"]].append(_work(line))
+        if id(line) not in first:
+            typical[line["world_size"]].append(_work(line))
     for line in lines:  # a world size of which nothing but first steps is known
         if not typical[line["world_size"]]:
             typical[line["world_size"]].append(_work(line))
     return {size: median(times) for size, times in typical.items()}
 
 
-def _work(line: Mapping[str, Any]) -> float:
+def _work(line: Line) -> float:
     return float(line["seconds"] - line["data_seconds"] - line["save_seconds"] - line.get("watch_seconds", 0.0))
-
-
-def _seams(lines: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return the last line of each attempt with the first of the next."""
-    return [(before, after) for before, after in pairwise(lines) if before["attempt"] != after["attempt"]]
