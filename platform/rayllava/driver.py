@@ -113,11 +113,12 @@ def train(doc: str | None, argv: list[str]) -> None:
     if words.dry_run:
         print(show(recipe))
         return
-    from rayllava.train import launch
+    from rayllava.train import launch, spares
 
     manifest = launch.prepare(recipe)
     num_cpus = recipe.scale.max_workers + recipe.scale.decoders + 1
-    with contextlib.nullcontext() if manifest.finished else connect(words.address, num_cpus=num_cpus):
+    cluster = connect(words.address, num_cpus=num_cpus, runtime_env=spares.job_env())
+    with contextlib.nullcontext() if manifest.finished else cluster:
         launch.train(manifest)
 
 
@@ -126,24 +127,32 @@ def show(recipe: Recipe) -> str:
 
 
 @contextlib.contextmanager
-def connect(address: str, *, num_cpus: int = 2) -> Iterator[None]:
+def connect(address: str, *, num_cpus: int = 2, runtime_env: dict[str, Any] | None = None) -> Iterator[None]:
     """Be connected to a Ray cluster inside the block.
 
     `local` starts one for this process alone, with `num_cpus` logical CPUs, and takes it down afterwards; any
-    other address is joined.
+    other address is joined. `runtime_env` is what all processes of the job start in.
     """
     local = address == "local"
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if local else "token")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    options: dict[str, Any] = {"address": address, "logging_level": logging.WARNING, "log_to_driver": True}
+    options: dict[str, Any] = {
+        "runtime_env": runtime_env,
+        "address": address,
+        "logging_level": logging.WARNING,
+        "log_to_driver": True,
+    }
     temp_dir = None
     if local:
         temp_dir = tempfile.mkdtemp(prefix="rayllava-")  # short: unix socket paths end at 107 characters
         options |= {"num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": temp_dir}
         env = {"PYTHONPATH": _python_path(), "TRANSFORMERS_VERBOSITY": "error"}
-        options |= {"runtime_env": {"env_vars": env, "worker_process_setup_hook": "rayllava.log.quiet_workers"}}
+        if runtime_env is None:
+            options["runtime_env"] = {"env_vars": env, "worker_process_setup_hook": "rayllava.log.quiet_workers"}
+        else:
+            options["runtime_env"] = runtime_env | {"env_vars": env | runtime_env["env_vars"]}
     ray.init(**options)
     try:
         yield

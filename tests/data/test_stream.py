@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from rayllava.data.ingest import ShardSpec
 from rayllava.data.measure import measure
 from rayllava.data.sharding import write_shards
 from rayllava.data.shards import ShardManifest, ShardReader
+from rayllava.data.steps import Steps
 from rayllava.data.stream import Desk, Fed, StreamSpec, feed, rows, stream
 from rayllava.place import Place
 from rayllava.recipe import DataSpec, ProcessorSpec
@@ -181,3 +184,23 @@ def test_shards_in_a_store_are_those_on_a_disk(
             spec_of(str(tmp_path / "out"), processor, **words)
         )
         assert write_shards("llava", raw, out, spec=ShardSpec(images=address.format("images"), rows=40)) == there
+
+
+def test_the_steps_of_a_run_are_handed_out_by_one_task() -> None:
+    """A task for each, known before the first runs, would hold up the restart of a long run by many seconds."""
+    (task,) = Steps(100_000).get_read_tasks(1)
+    assert task.metadata.num_rows == 100_000
+    assert [block.to_pydict() for block in itertools.islice(task(), 70)] == [{"id": [step]} for step in range(70)]
+
+
+def test_rows_are_asked_for_before_anybody_takes_one(dialogues: Path, processor: tuple[ProcessorSpec, str]) -> None:
+    asked = threading.Event()
+
+    class Shard:
+        def iter_batches(self, **words: Any) -> Iterator[Any]:
+            asked.set()
+            return iter([])
+
+    left = feed(Shard(), spec_of(str(dialogues), processor))  # type: ignore[arg-type]
+    assert asked.wait(timeout=30)
+    assert list(left) == []

@@ -10,10 +10,12 @@ one process with threads. All three give the same atoms, whatever the number of 
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -96,8 +98,11 @@ def rows(spec: StreamSpec) -> Dataset:
     import ray
     from ray.data import ExecutionOptions, ExecutionResources
 
-    num_steps = Desk.open(spec).plan.num_steps - spec.cursor
-    dataset = ray.data.range(num_steps, override_num_blocks=max(1, num_steps))
+    from rayllava.data.steps import Steps
+
+    # Without a CPU of its own, which also keeps Ray Data from making one task of the two operators.
+    steps = Steps(Desk.open(spec).plan.num_steps - spec.cursor)
+    dataset = ray.data.read_datasource(steps, num_cpus=0, override_num_blocks=1)
     dataset = dataset.map_batches(
         step_rows,  # type: ignore[arg-type]  # the stub knows no fn_kwargs
         batch_size=None,
@@ -136,7 +141,33 @@ def step_rows(batch: Any, *, text: str) -> Iterator[Any]:
 
 
 def feed(shard: DataIterator, spec: StreamSpec, *, rank: int = 0) -> Iterator[Fed]:
-    """Yield this rank's part of every step from its rows, and check that every row is the promised one."""
+    """Yield this rank's part of every step from its rows, and check that every row is the promised one.
+
+    Whoever calls may be busy with other things first: the rows are asked for at once, from a thread.
+    """
+    return _begun(_fed(shard, spec, rank=rank))
+
+
+def _begun(fed: Iterator[Fed]) -> Iterator[Fed]:
+    """Return an iterator whose first element is on its way."""
+    first: Future[list[Fed]] = Future()
+
+    def fetch() -> None:
+        try:
+            first.set_result(list(islice(fed, 1)))
+        except BaseException as error:
+            first.set_exception(error)
+
+    threading.Thread(target=fetch, name="first rows", daemon=True).start()
+
+    def each() -> Iterator[Fed]:
+        yield from first.result()
+        yield from fed
+
+    return each()
+
+
+def _fed(shard: DataIterator, spec: StreamSpec, *, rank: int) -> Iterator[Fed]:
     tables: Any = iter(shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=_AHEAD))
     due = spec.cursor
     for table in tables:

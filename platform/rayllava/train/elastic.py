@@ -40,6 +40,8 @@ _SAVE_S = 120.0
 """Longest wait for a save before a planned change."""
 _RESTART_S = 10.0
 """What a restart is taken to cost when nothing else is known; growing must win twice that."""
+_ACTORS = 2
+"""Of every group, where the controller runs: Ray Data's that deals the rows, and Ray Train's that synchronizes."""
 _MARGIN_S = 5.0
 """Before the deadline of a draining node that cannot be replaced, its group saves and waits."""
 
@@ -47,14 +49,16 @@ _MARGIN_S = 5.0
 class ElasticTrainer(TorchTrainer):
     """Ray's TorchTrainer under our policies."""
 
-    def __init__(self, *args: Any, scale: ScaleSpec, run: Place, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, scale: ScaleSpec, run: Place, driver: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._scale = scale
         self._run = run
+        self._driver = driver
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
         # The stubs show the configurations of Train's first version.
-        kwargs["scaling_policy"] = Capacity(cast(ScalingConfig, self.scaling_config), self._scale, self._run)
+        config = cast(ScalingConfig, self.scaling_config)
+        kwargs["scaling_policy"] = Capacity(config, self._scale, self._run, self._driver)
         kwargs["failure_policy"] = Failures(cast(FailureConfig, self.run_config.failure_config), self._run)
         # Rows come from rayllava.train.feed.
         kwargs["callbacks"] = [one for one in kwargs["callbacks"] if not isinstance(one, DatasetsCallback)]
@@ -68,7 +72,7 @@ class NoCapacity(ValueError):
 class Capacity(ElasticScalingPolicy):
     """Between `scale.workers`' two numbers, as many workers as the nodes that will stay have room for."""
 
-    def __init__(self, scaling_config: ScalingConfig, scale: ScaleSpec, run: Place) -> None:
+    def __init__(self, scaling_config: ScalingConfig, scale: ScaleSpec, run: Place, driver: str) -> None:
         super().__init__(scaling_config)
         self.scale = scale
         self.run = run
@@ -77,7 +81,8 @@ class Capacity(ElasticScalingPolicy):
         self._said = 0.0
         self._short_since: float | None = None
         self._held_for: set[str] = set()
-        self._spares = spares.Spares()
+        self._spares = spares.Spares(driver)
+        self._helpers = spares.Spares(driver)
         self._group = 0.0  # when the newest group started
         self._trains = False
 
@@ -172,9 +177,11 @@ class Capacity(ElasticScalingPolicy):
 
     def _prepare(self, born: float, there: list[Room]) -> None:
         """Have processes ready for the next group, once this one, which started at `born`, trains."""
+        here = ray.get_runtime_context().get_node_id()
         if born != self._group:
             self._group = born
             self._spares.taken(worker.metadata.node_id for worker in self._workers)
+            self._helpers.taken([here] * _ACTORS)
             self._trains = False
         if not self._trains:
             try:
@@ -184,9 +191,15 @@ class Capacity(ElasticScalingPolicy):
                 self._trains = trains
             except (ray.exceptions.RayError, TimeoutError):
                 return
-        if self._trains:
-            for one in there:
-                self._spares.keep(one.node, one.address, min(one.workers, self.scale.max_workers))
+        if not self._trains:
+            return
+        self._helpers.identity = spares.identity()  # this process's own, which those that it starts have, too
+        readers = [one for one in there if one.cpus]
+        share = -(-(self.scale.decoders + 1) // max(1, len(readers)))  # Ray Data spreads its tasks
+        for one in there:
+            self._spares.keep(one.node, one.address, min(one.workers, self.scale.max_workers))
+            helpers = share * bool(one.cpus) + _ACTORS * (one.node == here)
+            self._helpers.keep(one.node, one.address, helpers)
 
     def _look(self) -> signals.Progress:
         return ray.get(self._workers[0].execute_async(signals.look), timeout=10)
@@ -271,7 +284,7 @@ def draining() -> dict[str, int]:
 
 
 class Room(NamedTuple):
-    """A node that stays."""
+    """A node that stays, whether it has room for workers or not."""
 
     node: str
     """Its id."""
@@ -279,18 +292,19 @@ class Room(NamedTuple):
     """Of its raylet."""
     workers: int
     """How many it could hold, were it empty."""
+    cpus: int
 
 
 def room(resources: dict[str, float]) -> list[Room]:
-    """Return where there is room for workers of these resources."""
+    """Return where there is room for how many workers of these resources."""
     going = draining()
     found = []
     for node in _alive(ray.nodes()):
         if node["NodeID"] not in going:
             fits = [node["Resources"].get(name, 0.0) // need for name, need in resources.items() if need > 0]
-            if min(fits) and _answers(node):
+            if _answers(node):
                 address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
-                found.append(Room(node["NodeID"], address, int(min(fits))))
+                found.append(Room(node["NodeID"], address, int(min(fits)), int(node["Resources"].get("CPU", 0))))
     return found
 
 

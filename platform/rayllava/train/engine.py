@@ -38,6 +38,8 @@ class Engine:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         import deepspeed
 
+        # What it would have g++ compile on every CPU node is for a collective that training never calls.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.recipe = recipe
         self.device = device
         self.world_size = torch.distributed.get_world_size()

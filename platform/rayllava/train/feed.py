@@ -39,6 +39,10 @@ class Feed(WorkerGroupCallback):
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[_Shard]]:
         return {"dataset_shard_provider": [_Shard(split) for split in self._splits]}
 
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        for split in self._splits[:1]:  # so that the processes which decode are not killed in the middle of a task
+            split._coord_actor.shutdown_executor.remote()
+
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
         self._splits = []  # with its last handle goes the actor that deals them
 

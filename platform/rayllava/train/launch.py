@@ -128,6 +128,7 @@ def _train(manifest: RunManifest, *, driver: str) -> RunManifest:
             _worker,
             scale=scale,
             run=run,
+            driver=driver,
             train_loop_config={"run": run.text, "driver": driver},
             # A hang is for our own watchdog to name, before the process group gives up without a name.
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(2 * scale.hang_s) + 60),
@@ -142,7 +143,7 @@ def _train(manifest: RunManifest, *, driver: str) -> RunManifest:
                 storage_path=unused,
                 failure_config=FailureConfig(max_failures=-1),  # rayllava.train.elastic decides
                 callbacks=[Feed(run, driver)],  # type: ignore[list-item]  # as above
-                worker_runtime_env=spares.runtime_env(recipe.tuning),  # type: ignore[call-arg]  # as above
+                worker_runtime_env=spares.runtime_env(recipe.tuning, driver=driver, use_gpu=use_gpu),  # type: ignore[call-arg]  # as above
             ),
         )
         runs.write_run(run, manifest)  # workers read the recipe there, and a continued run may state another scale
