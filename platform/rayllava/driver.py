@@ -113,11 +113,11 @@ def train(doc: str | None, argv: list[str]) -> None:
     if words.dry_run:
         print(show(recipe))
         return
-    from rayllava.train import launch, spares
+    from rayllava.train import launch, warm
 
     manifest = launch.prepare(recipe)
     num_cpus = recipe.scale.max_workers + recipe.scale.decoders + 1
-    cluster = connect(words.address, num_cpus=num_cpus, runtime_env=spares.job_env())
+    cluster = connect(words.address, num_cpus=num_cpus, runtime_env=warm.job_env())
     with contextlib.nullcontext() if manifest.finished else cluster:
         launch.train(manifest)
 

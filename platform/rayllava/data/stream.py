@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
@@ -93,21 +93,26 @@ def stream(spec: StreamSpec, *, rank: int = 0, threads: int = 2) -> Iterator[Fed
             yield Fed(index, desk.plan.epoch_of(index), [batch for batch, _ in made], rejected)
 
 
-def rows(spec: StreamSpec) -> Dataset:
-    """Return the dataset of an attempt: the rows of every step from the cursor to the end, in order."""
+def rows(spec: StreamSpec, *, without: Sequence[str] = ()) -> Dataset:
+    """Return the dataset of an attempt: the rows of every step from the cursor to the end, in order.
+
+    They are made on any node but those whose ids are in `without`.
+    """
     import ray
     from ray.data import ExecutionOptions, ExecutionResources
 
     from rayllava.data.steps import Steps
 
+    where: dict[str, Any] = {"label_selector": {"ray.io/node-id": f"!in({','.join(without)})"}} if without else {}
     # Without a CPU of its own, which also keeps Ray Data from making one task of the two operators.
     steps = Steps(Desk.open(spec).plan.num_steps - spec.cursor)
-    dataset = ray.data.read_datasource(steps, num_cpus=0, override_num_blocks=1)
+    dataset = ray.data.read_datasource(steps, num_cpus=0, override_num_blocks=1, **where)
     dataset = dataset.map_batches(
         step_rows,  # type: ignore[arg-type]  # the stub knows no fn_kwargs
         batch_size=None,
         fn_kwargs={"text": spec.model_dump_json()},
         num_cpus=1,
+        **where,
     )
     context = dataset.context
     context.target_max_block_size = 1  # every yielded row becomes a block of its own: the unit of dealing

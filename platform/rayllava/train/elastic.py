@@ -30,7 +30,8 @@ from rayllava import log as log_
 from rayllava.checkpoint import run as runs
 from rayllava.place import Place
 from rayllava.recipe import ScaleSpec
-from rayllava.train import signals, spares
+from rayllava.train import signals
+from rayllava.train.warm import Warm
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,6 @@ _SAVE_S = 120.0
 """Longest wait for a save before a planned change."""
 _RESTART_S = 10.0
 """What a restart is taken to cost when nothing else is known; growing must win twice that."""
-_ACTORS = 2
-"""Of every group, where the controller runs: Ray Data's that deals the rows, and Ray Train's that synchronizes."""
 _MARGIN_S = 5.0
 """Before the deadline of a draining node that cannot be replaced, its group saves and waits."""
 
@@ -49,16 +48,16 @@ _MARGIN_S = 5.0
 class ElasticTrainer(TorchTrainer):
     """Ray's TorchTrainer under our policies."""
 
-    def __init__(self, *args: Any, scale: ScaleSpec, run: Place, driver: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, scale: ScaleSpec, run: Place, warm: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._scale = scale
         self._run = run
-        self._driver = driver
+        self._warm = warm
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
         # The stubs show the configurations of Train's first version.
         config = cast(ScalingConfig, self.scaling_config)
-        kwargs["scaling_policy"] = Capacity(config, self._scale, self._run, self._driver)
+        kwargs["scaling_policy"] = Capacity(config, self._scale, self._run, self._warm)
         kwargs["failure_policy"] = Failures(cast(FailureConfig, self.run_config.failure_config), self._run)
         # Rows come from rayllava.train.feed.
         kwargs["callbacks"] = [one for one in kwargs["callbacks"] if not isinstance(one, DatasetsCallback)]
@@ -72,7 +71,8 @@ class NoCapacity(ValueError):
 class Capacity(ElasticScalingPolicy):
     """Between `scale.workers`' two numbers, as many workers as the nodes that will stay have room for."""
 
-    def __init__(self, scaling_config: ScalingConfig, scale: ScaleSpec, run: Place, driver: str) -> None:
+    def __init__(self, scaling_config: ScalingConfig, scale: ScaleSpec, run: Place, warm: dict[str, Any]) -> None:
+        """`warm` is the runtime environment of workers, see rayllava.train.warm."""
         super().__init__(scaling_config)
         self.scale = scale
         self.run = run
@@ -81,10 +81,8 @@ class Capacity(ElasticScalingPolicy):
         self._said = 0.0
         self._short_since: float | None = None
         self._held_for: set[str] = set()
-        self._spares = spares.Spares(driver)
-        self._helpers = spares.Spares(driver)
-        self._group = 0.0  # when the newest group started
-        self._trains = False
+        self._warm = Warm(warm, None)
+        self._began = False
 
     def after_controller_start(self, train_run_context: Any) -> None:
         log_.start()  # the controller is a process of its own
@@ -106,7 +104,7 @@ class Capacity(ElasticScalingPolicy):
         if self._short_since:
             self._note_wait(self._short_since, time.time())
             self._short_since = None
-        if count < self.scale.max_workers and idle < _SETTLE_S and not self._group:
+        if count < self.scale.max_workers and idle < _SETTLE_S and not self._began:
             time.sleep(0.2)
             return NoopDecision()
         self._idle_since = None
@@ -139,13 +137,14 @@ class Capacity(ElasticScalingPolicy):
     ) -> NoopDecision | ResizeDecision:
         self._maybe_send_resource_request()
         self._workers = worker_group_state.workers
+        self._began = True
         self._idle_since = None
         current = worker_group_state.num_workers
         going = draining()
         ours = {worker.metadata.node_id for worker in self._workers}
         there = self._room()
-        self._prepare(worker_group_state.start_time, there)
-        count = self._fit(sum(one.workers for one in there if one.node in ours or self._spares.ready(one.node)))
+        self._warm.prepare(one.id for one in there if one.workers)
+        count = self._fit(sum(one.workers for one in there if one.id in ours or self._warm.ready(one.id)))
         leaving = {node: deadline for node, deadline in going.items() if node in ours}
         if leaving:
             if count >= self.scale.min_workers:
@@ -175,32 +174,6 @@ class Capacity(ElasticScalingPolicy):
             log.warning("the group could not save before its replacement: %s", str(error).splitlines()[0])
         self._workers = []
 
-    def _prepare(self, born: float, there: list[Room]) -> None:
-        """Have processes ready for the next group, once this one, which started at `born`, trains."""
-        here = ray.get_runtime_context().get_node_id()
-        if born != self._group:
-            self._group = born
-            self._spares.taken(worker.metadata.node_id for worker in self._workers)
-            self._helpers.taken([here] * _ACTORS)
-            self._trains = False
-        if not self._trains:
-            try:
-                trains = self._look().step_seconds > 0
-                if trains and self._spares.identity is None:
-                    self._spares.identity = ray.get(self._workers[0].execute_async(spares.identity), timeout=10)
-                self._trains = trains
-            except (ray.exceptions.RayError, TimeoutError):
-                return
-        if not self._trains:
-            return
-        self._helpers.identity = spares.identity()  # this process's own, which those that it starts have, too
-        readers = [one for one in there if one.cpus]
-        share = -(-(self.scale.decoders + 1) // max(1, len(readers)))  # Ray Data spreads its tasks
-        for one in there:
-            self._spares.keep(one.node, one.address, min(one.workers, self.scale.max_workers))
-            helpers = share * bool(one.cpus) + _ACTORS * (one.node == here)
-            self._helpers.keep(one.node, one.address, helpers)
-
     def _look(self) -> signals.Progress:
         return ray.get(self._workers[0].execute_async(signals.look), timeout=10)
 
@@ -221,8 +194,8 @@ class Capacity(ElasticScalingPolicy):
             self._held_for |= leaving.keys()
             self._workers[0].execute_async(signals.ask)
 
-    def _room(self) -> list[Room]:
-        return room(self.scaling_config._resources_per_worker_not_none)
+    def _room(self) -> list[Node]:
+        return nodes(self.scaling_config._resources_per_worker_not_none)
 
     def _fit(self, count: int) -> int:
         return min(count, self.scale.max_workers)
@@ -283,29 +256,28 @@ def draining() -> dict[str, int]:
     return dict(ray._private.state.state.get_draining_nodes() or {})
 
 
-class Room(NamedTuple):
-    """A node that stays, whether it has room for workers or not."""
+class Node(NamedTuple):
+    """A node that stays."""
 
-    node: str
-    """Its id."""
-    address: str
-    """Of its raylet."""
+    id: str
     workers: int
     """How many it could hold, were it empty."""
-    cpus: int
 
 
-def room(resources: dict[str, float]) -> list[Room]:
-    """Return where there is room for how many workers of these resources."""
+def nodes(resources: dict[str, float]) -> list[Node]:
+    """Return the nodes that stay, and for how many workers of these resources each would have room."""
     going = draining()
     found = []
     for node in _alive(ray.nodes()):
-        if node["NodeID"] not in going:
+        if node["NodeID"] not in going and _answers(node):
             fits = [node["Resources"].get(name, 0.0) // need for name, need in resources.items() if need > 0]
-            if _answers(node):
-                address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
-                found.append(Room(node["NodeID"], address, int(min(fits)), int(node["Resources"].get("CPU", 0))))
+            found.append(Node(node["NodeID"], int(min(fits))))
     return found
+
+
+def silent() -> list[str]:
+    """Return the ids of nodes that the cluster believes to be there, and that do not answer."""
+    return [node["NodeID"] for node in _alive(ray.nodes()) if not _answers(node)]
 
 
 def _alive(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from rayllava.checkpoint.run import LENGTHS, Decision, RunManifest, read_run
 from rayllava.data import stream
 from rayllava.data.stream import StreamSpec
 from rayllava.place import Place
+from rayllava.train import elastic
 
 
 class Feed(WorkerGroupCallback):
@@ -32,7 +33,8 @@ class Feed(WorkerGroupCallback):
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         world_size = worker_group_context.num_workers
         decision = store.decide(self.run, world_size=world_size, driver=self.driver)
-        dataset = stream.rows(stream_spec(read_run(self.run), decision))
+        # The cluster goes on giving tasks to a node that is gone until it has missed many heartbeats.
+        dataset = stream.rows(stream_spec(read_run(self.run), decision), without=elastic.silent())
         # No locality hints: with them rows are no longer dealt strictly in turn.
         self._splits = dataset.streaming_split(world_size, equal=True, locality_hints=None)
 

@@ -33,10 +33,10 @@ from rayllava.place import Place
 from rayllava.prompt.assemble import assemble
 from rayllava.prompt.encode import Processor
 from rayllava.recipe import ModelSpec, Recipe, load
-from rayllava.train import report, spares, tracks, watch
-from rayllava.train.elastic import ElasticTrainer
+from rayllava.train import elastic, report, tracks, warm, watch
 from rayllava.train.feed import Feed, stream_spec
 from rayllava.train.reporter import Reporter
+from rayllava.train.warm import Warm
 
 log = logging.getLogger(__name__)
 
@@ -123,19 +123,23 @@ def _train(manifest: RunManifest, *, driver: str) -> RunManifest:
         measure(shards, manifest.processor, run / "tokenizer", run / LENGTHS)
         stream.Desk.open(stream_spec(manifest)).plan.check_workers(scale.max_workers)
     os.environ.update(_RAY)
+    worker_env = warm.worker_env(recipe.tuning, use_gpu=use_gpu)
+    resources = scale.resources | ({"GPU": 1.0} if use_gpu else {}) if scale.resources else None
+    nodes = Warm(worker_env)  # which import while the controller starts
+    nodes.prepare(node.id for node in elastic.nodes(resources or {"GPU" if use_gpu else "CPU": 1.0}) if node.workers)
     with tempfile.TemporaryDirectory(prefix="rayllava-") as unused:
-        trainer = ElasticTrainer(
+        trainer = elastic.ElasticTrainer(
             _worker,
             scale=scale,
             run=run,
-            driver=driver,
+            warm=worker_env,
             train_loop_config={"run": run.text, "driver": driver},
             # A hang is for our own watchdog to name, before the process group gives up without a name.
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(2 * scale.hang_s) + 60),
             scaling_config=ScalingConfig(
                 num_workers=(scale.min_workers, scale.max_workers),  # type: ignore[arg-type]  # as above
                 use_gpu=use_gpu,
-                resources_per_worker=scale.resources | ({"GPU": 1.0} if use_gpu else {}) if scale.resources else None,
+                resources_per_worker=resources,
             ),
             # Ray Train's own notion of checkpoints is never used: it keeps its marker where this driver runs.
             run_config=RunConfig(
@@ -143,7 +147,7 @@ def _train(manifest: RunManifest, *, driver: str) -> RunManifest:
                 storage_path=unused,
                 failure_config=FailureConfig(max_failures=-1),  # rayllava.train.elastic decides
                 callbacks=[Feed(run, driver)],  # type: ignore[list-item]  # as above
-                worker_runtime_env=spares.runtime_env(recipe.tuning, driver=driver, use_gpu=use_gpu),  # type: ignore[call-arg]  # as above
+                worker_runtime_env=worker_env,  # type: ignore[call-arg]  # as above
             ),
         )
         runs.write_run(run, manifest)  # workers read the recipe there, and a continued run may state another scale
