@@ -25,7 +25,7 @@ LAYERS = [
     ["checkpoint", "prompt", "recipes"],
     ["copies"],
     ["families", "fetch", "place"],
-    ["records", "recipe", "shelf", "log", "durable", "page", "progress"],
+    ["records", "recipe", "shelf", "log", "durable", "page", "progress", "forked"],
     ["spec"],
 ]
 """Import to a later line only, never from a neighbour on the same line."""
@@ -44,6 +44,7 @@ LIGHT = [
     "durable",
     "progress",
     "driver",
+    "forked",
     "prompt.chat",
 ]
 

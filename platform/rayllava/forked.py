@@ -29,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +53,9 @@ def runtime_env(modules: Sequence[str]) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     """Be a client, or the server that one starts."""
     if argv[:1] == ["--serve"]:
-        child = _Server(Path(argv[1]), raylet=int(argv[2])).run()
+        place = Path(argv[1])
+        with _alone(place) as alone:
+            child = _Server(place, raylet=int(argv[2])).run() if alone else None
         if child:
             child()
         return
@@ -76,7 +78,8 @@ def main(argv: list[str]) -> None:
         _outlive(pid)
         return
     if os.WIFSIGNALED(status):
-        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # SIGKILL's cannot be changed
+            signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
         os.kill(os.getpid(), os.WTERMSIG(status))
     sys.exit(os.waitstatus_to_exitcode(status))
 
@@ -96,25 +99,23 @@ def _place() -> Path:
 
 def _connect(place: Path) -> socket.socket:
     """Return a connection to the server, which is started where there is none."""
+    if place.with_suffix(".never").exists():
+        raise ConnectionError(f"no forks here, see {place}.log")
     until = time.monotonic() + _WAIT_S
     server: subprocess.Popen[bytes] | None = None
-    with place.with_suffix(".lock").open("w") as lock:
-        while True:
-            connection = socket.socket(socket.AF_UNIX)
-            try:
-                connection.connect(str(place))
-                return connection
-            except (FileNotFoundError, ConnectionRefusedError):
-                connection.close()
-            if server is None:
-                with contextlib.suppress(BlockingIOError):  # another client has started one
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    server = _start(place)
-            elif server.poll() is not None:
-                raise ConnectionError(f"the server ended with {server.returncode}, see {place}.log")
-            if time.monotonic() > until:
-                raise ConnectionError(f"no server within {_WAIT_S:.0f} s, see {place}.log")
-            time.sleep(0.05)
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(str(place))
+            return connection
+        except (FileNotFoundError, ConnectionRefusedError):
+            connection.close()
+        server = server or _start(place)
+        if server.poll():  # it ends with 0 when another one is about to listen
+            raise ConnectionError(f"the server ended with {server.returncode}, see {place}.log")
+        if time.monotonic() > until:
+            raise ConnectionError(f"no server within {_WAIT_S:.0f} s, see {place}.log")
+        time.sleep(0.05)
 
 
 def _start(place: Path) -> subprocess.Popen[bytes]:
@@ -150,6 +151,28 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
 
 
 # -- the server's side ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _alone(place: Path) -> Iterator[bool]:
+    """Yield whether no other server listens there, and keep it so inside the block."""
+    own, path = os.getpid(), place.with_suffix(".lock")
+    while True:
+        with path.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            if not (path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino):
+                continue  # the one before has just removed it
+            try:
+                yield True
+            finally:
+                if os.getpid() == own:  # and not in a child, which leaves the block, too
+                    for each in (place, path):
+                        each.unlink(missing_ok=True)
+            return
 
 
 class _Child(NamedTuple):
@@ -190,10 +213,12 @@ class _Server:
 
     def run(self) -> _Child | None:
         """Serve; returns what to become in every child, and nothing at the end of the server itself."""
-        own = os.getpid()
         thread = threading.Thread(target=_import_humbly, name="imports")
         thread.start()
         thread.join()
+        if _holds_gpu():
+            self.place.with_suffix(".never").touch()
+            raise SystemExit("an import has opened a GPU, which no fork can use then")
         gc.collect()
         gc.freeze()  # so that children do not copy what they only look at
         wakes, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -205,26 +230,22 @@ class _Server:
         listener.bind(str(beside))
         listener.listen(64)
         beside.rename(self.place)
-        try:
-            while self._needed():
-                watched: list[Any] = [listener, wakes, *self.clients.values()]
-                ready, _, _ = select.select(watched, [], [], 2.0)
-                with contextlib.suppress(BlockingIOError):
-                    os.read(wakes, 4096)
-                self._reap()
-                for one in [one for one in ready if one in self.clients.values()]:
-                    self._abandoned(one)
-                if listener in ready and (child := self._fork(listener)):
-                    signal.set_wakeup_fd(-1)
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    for one in (listener, *self.clients.values()):
-                        one.close()
-                    os.close(wakes)
-                    os.close(wake)
-                    return child
-        finally:
-            if os.getpid() == own:
-                self.place.unlink(missing_ok=True)
+        while self._needed():
+            watched: list[Any] = [listener, wakes, *self.clients.values()]
+            ready, _, _ = select.select(watched, [], [], 2.0)
+            with contextlib.suppress(BlockingIOError):
+                os.read(wakes, 4096)
+            self._reap()
+            for one in [one for one in ready if one in self.clients.values()]:
+                self._abandoned(one)
+            if listener in ready and (child := self._fork(listener)):
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for one in (listener, *self.clients.values()):
+                    one.close()
+                os.close(wakes)
+                os.close(wake)
+                return child
         return None
 
     def _fork(self, listener: socket.socket) -> _Child | None:
@@ -275,6 +296,12 @@ class _Server:
         except ProcessLookupError:
             return bool(self.clients)  # which see to it themselves
         return bool(self.clients) or time.monotonic() - self.busy < _IDLE_S
+
+
+def _holds_gpu() -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return any(str(path.readlink()).startswith("/dev/nvidia") for path in Path("/proc/self/fd").iterdir())
+    return False
 
 
 def _import_humbly() -> None:

@@ -28,8 +28,8 @@ _WORKER = (
     "transformers.models.llava.modeling_llava",
 )
 _DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.muon.original_muon")
-"""The second, which every optimizer leads to, imports torch's compiler. Not where there are GPUs: the first looks for
-them, and a process that has looked no longer heeds which of them Ray gives it."""
+"""The second, which every optimizer leads to, imports torch's compiler. Not where there are GPUs: like peft, through
+bitsandbytes, the first looks for them, and a process that has looked cannot be forked for their use."""
 _HELPER = (
     "rayllava.data.steps",
     "rayllava.data.stream",
@@ -44,7 +44,7 @@ _OWN = {"py_executable", "pip", "uv", "conda", "container", "image_uri"}
 def worker_env(tuning: Tuning, *, use_gpu: bool) -> dict[str, Any]:
     """Return the runtime environment of workers that train so."""
     adapted = isinstance(tuning, LoRA) or isinstance(tuning.vision, TowerLoRA)
-    return _env((*_WORKER, *["peft"] * adapted, *_DEEPSPEED * (not use_gpu)))
+    return _env(_WORKER if use_gpu else (*_WORKER, *_DEEPSPEED, *["peft"] * adapted))
 
 
 def job_env() -> dict[str, Any]:

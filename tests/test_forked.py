@@ -1,0 +1,144 @@
+"""A forked worker is the process that was asked for: its words, outputs, life and end are those of its client."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayllava import forked
+
+ROOT = Path(__file__).parents[1]
+TELL = """
+import json, os, random, sys
+print(json.dumps({
+    "argv": sys.argv[1:], "cwd": os.getcwd(), "said": os.environ.get("SAID"), "parent": os.getppid(),
+    "imported": "colorsys" in sys.modules, "random": random.random(), "path": sys.path[0], "main": __name__,
+}))
+"""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short one: the paths of sockets end at 107 characters."""
+    path = Path(tempfile.mkdtemp(dir="/tmp", prefix="rl-forks-"))
+    yield path
+    shutil.rmtree(path)
+
+
+def command(script: Path, *words: str) -> list[str]:
+    env = forked.runtime_env(["colorsys"])
+    return [*env["py_executable"].split(), str(script), *words]
+
+
+def environ(folder: Path, **more: str) -> dict[str, str]:
+    env = forked.runtime_env(["colorsys"])["env_vars"]
+    return os.environ | env | {"PYTHONPATH": str(ROOT / "platform"), "TMPDIR": str(folder)} | more
+
+
+def start(folder: Path, text: str, *words: str, **more: str) -> subprocess.Popen[str]:
+    script = folder / "worker.py"
+    script.write_text(text)
+    return subprocess.Popen(
+        command(script, *words), env=environ(folder, **more), cwd=folder, stdout=subprocess.PIPE, text=True
+    )
+
+
+def told(client: subprocess.Popen[str]) -> dict[str, Any]:
+    said, _ = client.communicate(timeout=60)
+    assert client.returncode == 0
+    return json.loads(said)
+
+
+def soon(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def lives(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_a_fork_is_what_its_client_was_asked_to_be(folder: Path) -> None:
+    clients = [start(folder, TELL, "--worker-id", str(number), SAID=str(number)) for number in (1, 2)]
+    one, two = map(told, clients)
+    assert (one["argv"], two["argv"]) == (["--worker-id", "1"], ["--worker-id", "2"])
+    assert (one["said"], two["said"]) == ("1", "2")
+    assert one["cwd"] == one["path"] == str(folder) and one["main"] == "__main__"
+    assert one["imported"] and two["imported"]
+    assert one["parent"] == two["parent"] != os.getpid(), "both are forks of one server"
+    assert one["random"] != two["random"]
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("import sys; sys.exit(7)", 7),
+        ("raise ValueError", 1),
+        ("import os; os.kill(os.getpid(), 9)", -signal.SIGKILL),
+    ],
+)
+def test_a_client_ends_as_its_fork_does(text: str, code: int, folder: Path) -> None:
+    client = start(folder, text)
+    client.communicate(timeout=60)
+    assert client.returncode == code
+
+
+SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_fork_ends_with_its_client(number: int, folder: Path) -> None:
+    client = start(folder, SLEEP)
+    assert client.stdout
+    child = int(client.stdout.readline())
+    assert child != client.pid
+    client.send_signal(number)
+    soon(lambda: not lives(child))
+    assert client.wait(timeout=30) == -number
+
+
+def test_forks_outlive_their_server_and_the_next_client_starts_another(folder: Path) -> None:
+    first = start(folder, SLEEP)
+    assert first.stdout
+    child = int(first.stdout.readline())
+    status = Path(f"/proc/{child}/status").read_text()
+    server = int(status.split("PPid:\t")[1].split()[0])
+    os.kill(server, signal.SIGKILL)
+    assert told(start(folder, TELL))["parent"] not in (server, os.getpid())
+    assert lives(child) and first.poll() is None
+    os.kill(child, signal.SIGKILL)
+    first.wait(timeout=30)
+
+
+def test_a_server_ends_with_its_raylet(folder: Path) -> None:
+    (folder / "worker.py").write_text("import os; print(os.getppid())")
+    asks = f"import subprocess; subprocess.run({command(folder / 'worker.py')!r}, check=True)"
+    done = subprocess.run(
+        [sys.executable, "-c", asks], env=environ(folder), capture_output=True, text=True, check=True
+    )
+    server = int(done.stdout)
+    soon(lambda: not lives(server))
+    assert not [path for path in folder.rglob("*") if path.is_socket()]
+
+
+def test_a_client_that_finds_no_server_is_the_worker_itself(folder: Path) -> None:
+    (folder / f"rayllava-{os.getuid()}").touch()  # where servers listen, were it a folder
+    found = told(start(folder, TELL, "--worker-id", "1"))
+    assert found["parent"] == os.getpid() and not found["imported"]
+    assert found["argv"] == ["--worker-id", "1"]
