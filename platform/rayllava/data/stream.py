@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from itertools import islice
+from queue import Queue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -148,26 +148,33 @@ def step_rows(batch: Any, *, text: str) -> Iterator[Any]:
 def feed(shard: DataIterator, spec: StreamSpec, *, rank: int = 0) -> Iterator[Fed]:
     """Yield this rank's part of every step from its rows, and check that every row is the promised one.
 
-    Whoever calls may be busy with other things first: the rows are asked for at once, from a thread.
+    They are asked for and put together in a thread, from now on and a step ahead of whoever takes them.
     """
-    return _begun(_fed(shard, spec, rank=rank))
+    return _ahead(_fed(shard, spec, rank=rank))
 
 
-def _begun(fed: Iterator[Fed]) -> Iterator[Fed]:
-    """Return an iterator whose first element is on its way."""
-    first: Future[list[Fed]] = Future()
+def _ahead(fed: Iterator[Fed]) -> Iterator[Fed]:
+    """Return an iterator whose next element is on its way while somebody uses the last."""
+    ready: Queue[tuple[Fed | None, BaseException | None]] = Queue(maxsize=1)
 
     def fetch() -> None:
         try:
-            first.set_result(list(islice(fed, 1)))
+            for one in fed:
+                ready.put((one, None))
+            ready.put((None, None))
         except BaseException as error:
-            first.set_exception(error)
+            ready.put((None, error))
 
-    threading.Thread(target=fetch, name="first rows", daemon=True).start()
+    threading.Thread(target=fetch, name="rows", daemon=True).start()
 
     def each() -> Iterator[Fed]:
-        yield from first.result()
-        yield from fed
+        while True:
+            one, error = ready.get()
+            if error:
+                raise error
+            if one is None:
+                return
+            yield one
 
     return each()
 
