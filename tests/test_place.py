@@ -138,3 +138,19 @@ def test_a_name_cannot_bring_options_of_its_own() -> None:
     with pytest.raises(ValueError, match="is no name in a store"):
         Place("s3://bucket/images") / "a.jpg?endpoint_override=evil.example&scheme=http"
     assert (Place("/images") / "a?b.jpg").local == Path("/images/a?b.jpg")
+
+
+def test_a_file_that_goes_while_its_folder_is_listed_is_not_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("goes", "stays"):
+        (tmp_path / name).touch()
+    look = Path.is_file
+
+    def late(path: Path) -> bool:
+        found = look(path)
+        (tmp_path / "goes").unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", late)
+    assert [place.name for place in Place(str(tmp_path)).files()] == ["stays"]

@@ -6,6 +6,7 @@ place = Place("s3://bucket/shards?endpoint_override=127.0.0.1:9000&scheme=http")
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -101,9 +102,10 @@ class Place:
         if not self.remote:
             for folder, _, names in os.walk(self.local, onerror=_heard):
                 for file in (Path(folder, name) for name in names):
-                    if file.is_file():
-                        said = file.stat()
-                        found[str(file.relative_to(self.local))] = (said.st_size, said.st_mtime_ns)
+                    with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                        if file.is_file():
+                            said = file.stat()
+                            found[str(file.relative_to(self.local))] = (said.st_size, said.st_mtime_ns)
         else:
             from pyarrow.fs import FileSelector
 
