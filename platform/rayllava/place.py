@@ -6,7 +6,6 @@ place = Place("s3://bucket/shards?endpoint_override=127.0.0.1:9000&scheme=http")
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -102,7 +101,7 @@ class Place:
         if not self.remote:
             for folder, _, names in os.walk(self.local, onerror=_heard):
                 for file in (Path(folder, name) for name in names):
-                    with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                    with suppress(FileNotFoundError):  # gone since it was listed
                         if file.is_file():
                             said = file.stat()
                             found[str(file.relative_to(self.local))] = (said.st_size, said.st_mtime_ns)
