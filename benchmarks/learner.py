@@ -3,8 +3,8 @@
     ours-*      the loop and the engine that `jobs/finetune.py` runs, fed with batches that lie ready
     trainer-*   transformers' Trainer on transformers' own forward pass, padded by its collator
 
-Stage 2 with a frozen tower on both sides, the same optimizer and schedule. Started by benchmarks/train.py; prints
-one line of JSON.
+Stage 2 with a frozen tower on both sides, the same optimizer and schedule, one process without ZeRO. Started by
+benchmarks/train.py; prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def ours(job: Job, **data: Any) -> dict[str, Any]:
         scale=ScaleSpec(
             device=shape.device,  # type: ignore[arg-type]
             dtype=shape.dtype,  # type: ignore[arg-type]
-            zero=2,
+            zero=0,
             checkpointing=False,
             threads=job.threads,
             peak_tflops=1.0,

@@ -29,7 +29,7 @@ class Shape(NamedTuple):
     rows: int
     """Samples of a padded pass."""
     packed: int
-    """Most positions of a packed pass."""
+    """Most positions of a packed pass: fewer than the largest padded one has."""
     lr: float
     device: str
     dtype: str
@@ -41,7 +41,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     # The head is small because it is in a 7B: a thirtieth of the language model.
-    "small": Shape(256, 688, 4, 8, 512, 128, 4, 4, 56, 7, 9, 32, 16, 1024, 1e-3, "cpu", "float32"),
+    "small": Shape(256, 688, 4, 8, 512, 128, 4, 4, 56, 7, 9, 32, 16, 2048, 1e-3, "cpu", "float32"),
     # Half of the layers of a 7B, for the float32 masters and moments of all do not fit beside activations on one GPU.
     "7b-half": Shape(4096, 11008, 16, 32, 32064, 1024, 24, 16, 336, 14, 1, 128, 8, 8192, 2e-5, "cuda", "bfloat16"),
     # A gigabyte of weights and moments, four in ten weights in the word tables.
