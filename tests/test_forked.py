@@ -137,8 +137,13 @@ def test_a_server_ends_with_its_raylet(folder: Path) -> None:
     assert not [path for path in folder.rglob("*") if path.is_socket()]
 
 
-def test_a_client_that_finds_no_server_is_the_worker_itself(folder: Path) -> None:
-    (folder / f"rayllava-{os.getuid()}").touch()  # where servers listen, were it a folder
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_client_that_finds_no_server_is_the_worker_itself(kind: str, folder: Path) -> None:
+    below = folder / f"rayllava-{os.getuid()}"  # servers listen there, were it a folder, and nobody else's
+    if kind == "file":
+        below.touch()
+    else:
+        below.symlink_to(folder)
     found = told(start(folder, TELL, "--worker-id", "1"))
     assert found["parent"] == os.getpid() and not found["imported"]
     assert found["argv"] == ["--worker-id", "1"]

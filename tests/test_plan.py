@@ -24,8 +24,8 @@ LAYERS = [
     ["data", "model"],
     ["checkpoint", "prompt", "recipes"],
     ["copies"],
-    ["families", "fetch", "place"],
-    ["records", "recipe", "shelf", "log", "durable", "page", "progress", "forked"],
+    ["families", "fetch", "place", "forked"],
+    ["records", "recipe", "shelf", "log", "durable", "page", "progress"],
     ["spec"],
 ]
 """Import to a later line only, never from a neighbour on the same line."""

@@ -12,9 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,7 +40,7 @@ def copy_of(source: str, version: str, fill: Callable[[Path], None]) -> Path:
 
     `source` is what the thing is called on every node, `version` names its content. Other versions' copies go.
     """
-    shelf = _mine() / durable.digest_bytes(source.encode())[:16]
+    shelf = durable.own_dir() / durable.digest_bytes(source.encode())[:16]
     target = shelf / version
     if target.is_dir():
         return target
@@ -96,7 +94,7 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
     That a file changed is seen by its size and times.
     """
-    note = _mine() / "digests" / f"{durable.digest_bytes(str(folder.absolute()).encode())[:16]}.json"
+    note = durable.own_dir() / "digests" / f"{durable.digest_bytes(str(folder.absolute()).encode())[:16]}.json"
     with _locked(note.parent, note.stem):
         known = json.loads(note.read_text()) if note.is_file() else {}
         seen = {name: _seen(folder / name) for name in names}
@@ -162,15 +160,6 @@ def _progress(title: str, sizes: Mapping[str, int]) -> Iterator[Callable[[int], 
                 progress.at(title, int(done / 1e6))
 
         yield tell
-
-
-def _mine() -> Path:
-    """Return this user's folder for copies, which nobody else can write; ValueError when somebody else made it."""
-    mine = Path(tempfile.gettempdir()) / f"rayllava-{os.getuid()}"
-    mine.mkdir(mode=0o700, exist_ok=True)
-    if mine.stat().st_uid != os.getuid() or mine.is_symlink():
-        raise ValueError(f"{mine} belongs to somebody else; remove it, or set TMPDIR")
-    return mine
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,3 +131,15 @@ def check_writable(path: Path) -> None:
         raise ValueError(
             f"out={path} cannot be written ({error.strerror}); give a folder with room that you own"
         ) from error
+
+
+def own_dir() -> Path:
+    """Return this user's folder for what a node keeps for a while; nobody else can write it.
+
+    Raises ValueError when somebody else made it.
+    """
+    mine = Path(tempfile.gettempdir()) / f"rayllava-{os.getuid()}"
+    mine.mkdir(mode=0o700, exist_ok=True)
+    if mine.stat().st_uid != os.getuid() or mine.is_symlink():
+        raise ValueError(f"{mine} belongs to somebody else; remove it, or set TMPDIR")
+    return mine

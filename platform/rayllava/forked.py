@@ -26,13 +26,14 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from rayllava import durable
 
 _MODULE = "rayllava.forked"
 _IMPORTS = "RAYLLAVA_IMPORTS"
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
         socket.send_fds(connection, [_LENGTH.pack(len(content))], [0, 1, 2])
         connection.sendall(content)
         (pid,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, ValueError) as error:
         print(f"rayllava.forked: {error}; starting a worker of its own", file=sys.stderr)
         os.execv(sys.executable, [sys.executable, *argv])
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -89,10 +90,8 @@ def main(argv: list[str]) -> None:
 
 def _place() -> Path:
     """Return where the server of this client's raylet and modules listens."""
-    folder = Path(tempfile.gettempdir()) / f"rayllava-{os.getuid()}" / "forks"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.stat().st_uid != os.getuid():
-        raise PermissionError(f"{folder} is somebody else's")
+    folder = durable.own_dir() / "forks"
+    folder.mkdir(exist_ok=True)
     said = f"{os.environ.get(_IMPORTS, '')}:{os.environ.get('PYTHONPATH', '')}"
     return folder / f"{os.getppid()}-{hashlib.blake2b(said.encode(), digest_size=6).hexdigest()}"
 

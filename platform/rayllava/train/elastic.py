@@ -48,16 +48,16 @@ _MARGIN_S = 5.0
 class ElasticTrainer(TorchTrainer):
     """Ray's TorchTrainer under our policies."""
 
-    def __init__(self, *args: Any, scale: ScaleSpec, run: Place, warm: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, scale: ScaleSpec, run: Place, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._scale = scale
         self._run = run
-        self._warm = warm
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
         # The stubs show the configurations of Train's first version.
         config = cast(ScalingConfig, self.scaling_config)
-        kwargs["scaling_policy"] = Capacity(config, self._scale, self._run, self._warm)
+        worker_env = self.run_config.worker_runtime_env  # type: ignore[attr-defined]
+        kwargs["scaling_policy"] = Capacity(config, self._scale, self._run, worker_env)
         kwargs["failure_policy"] = Failures(cast(FailureConfig, self.run_config.failure_config), self._run)
         # Rows come from rayllava.train.feed.
         kwargs["callbacks"] = [one for one in kwargs["callbacks"] if not isinstance(one, DatasetsCallback)]

@@ -36,7 +36,6 @@ from rayllava.recipe import ModelSpec, Recipe, load
 from rayllava.train import elastic, report, tracks, warm, watch
 from rayllava.train.feed import Feed, stream_spec
 from rayllava.train.reporter import Reporter
-from rayllava.train.warm import Warm
 
 log = logging.getLogger(__name__)
 
@@ -125,14 +124,13 @@ def _train(manifest: RunManifest, *, driver: str) -> RunManifest:
     os.environ.update(_RAY)
     worker_env = warm.worker_env(recipe.tuning, use_gpu=use_gpu)
     resources = scale.resources | ({"GPU": 1.0} if use_gpu else {}) if scale.resources else None
-    nodes = Warm(worker_env)  # which import while the controller starts
+    nodes = warm.Warm(worker_env)  # which import while the controller starts
     nodes.prepare(node.id for node in elastic.nodes(resources or {"GPU" if use_gpu else "CPU": 1.0}) if node.workers)
     with tempfile.TemporaryDirectory(prefix="rayllava-") as unused:
         trainer = elastic.ElasticTrainer(
             _worker,
             scale=scale,
             run=run,
-            warm=worker_env,
             train_loop_config={"run": run.text, "driver": driver},
             # A hang is for our own watchdog to name, before the process group gives up without a name.
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(2 * scale.hang_s) + 60),
