@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -191,6 +193,29 @@ def test_the_steps_of_a_run_are_handed_out_by_one_task() -> None:
     (task,) = Steps(100_000).get_read_tasks(1)
     assert task.metadata.num_rows == 100_000
     assert [block.to_pydict() for block in itertools.islice(task(), 70)] == [{"id": [step]} for step in range(70)]
+
+
+def test_a_stream_runs_no_further_ahead_than_a_few_steps(
+    dialogues: Path, processor: tuple[ProcessorSpec, str]
+) -> None:
+    """Small rows fit into any store by the thousand; making them takes the cores from whoever trains."""
+    spec = spec_of(str(dialogues), processor, data={"epochs": 50})
+    (split,) = rows(spec).streaming_split(1, equal=True)
+    taken: Any = iter(split.iter_batches(batch_size=1, batch_format="pyarrow"))
+    next(taken)
+    made = 0
+    while (now := _made(split.stats())) != made:
+        made = now
+        time.sleep(3)
+    taken.close()
+    a_step = len(Desk.open(spec).plan.share(0, 1)[0])
+    assert 8 * a_step <= made <= 20 * a_step
+
+
+def _made(stats: str) -> int:
+    """Return the rows that Ray Data has made so far."""
+    told = re.findall(r"Total output num rows: (\d+)", stats)
+    return int(told[-1]) if told else 0
 
 
 def test_rows_are_asked_for_before_anybody_takes_one(dialogues: Path, processor: tuple[ProcessorSpec, str]) -> None:

@@ -14,8 +14,9 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
-from queue import Queue
+from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -36,8 +37,9 @@ if TYPE_CHECKING:
 _AHEAD = 4
 """Atoms a worker fetches before it needs them."""
 _STEPS_HELD = 8
-"""Steps that may lie in the object store before the readers have to wait."""
+"""Steps whose rows may lie in the object store before the readers have to wait."""
 _LEAST_HELD = 1 << 29
+"""Bytes that Ray Data may hold; with less it deals its operators too little to go on."""
 
 
 class StreamSpec(Spec):
@@ -101,11 +103,13 @@ def rows(spec: StreamSpec, *, without: Sequence[str] = ()) -> Dataset:
     import ray
     from ray.data import ExecutionOptions, ExecutionResources
 
+    from rayllava.data.ahead import bound
     from rayllava.data.steps import Steps
 
     where: dict[str, Any] = {"label_selector": {"ray.io/node-id": f"!in({','.join(without)})"}} if without else {}
     # Without a CPU of its own, which also keeps Ray Data from making one task of the two operators.
-    steps = Steps(Desk.open(spec).plan.num_steps - spec.cursor)
+    plan = Desk.open(spec).plan
+    steps = Steps(plan.num_steps - spec.cursor)
     dataset = ray.data.read_datasource(steps, num_cpus=0, override_num_blocks=1, **where)
     dataset = dataset.map_batches(
         step_rows,  # type: ignore[arg-type]  # the stub knows no fn_kwargs
@@ -120,6 +124,8 @@ def rows(spec: StreamSpec, *, without: Sequence[str] = ()) -> Dataset:
         preserve_order=True,
         resource_limits=ExecutionResources.for_limits(cpu=spec.decoders, object_store_memory=_most_held(spec)),
     )
+    a_step = sum(map(len, plan.share(spec.cursor, spec.world_size))) if steps.num else 0
+    bound(context, steps=2 * spec.decoders, rows=_STEPS_HELD * a_step)
     context.enable_progress_bars = False
     return dataset
 
@@ -156,11 +162,14 @@ def feed(shard: DataIterator, spec: StreamSpec, *, rank: int = 0) -> Iterator[Fe
 def _ahead(fed: Iterator[Fed]) -> Iterator[Fed]:
     """Return an iterator whose next element is on its way while somebody uses the last."""
     ready: Queue[tuple[Fed | None, BaseException | None]] = Queue(maxsize=1)
+    left = threading.Event()
 
     def fetch() -> None:
         try:
             for one in fed:
                 ready.put((one, None))
+                if left.is_set():
+                    return
             ready.put((None, None))
         except BaseException as error:
             ready.put((None, error))
@@ -168,13 +177,18 @@ def _ahead(fed: Iterator[Fed]) -> Iterator[Fed]:
     threading.Thread(target=fetch, name="rows", daemon=True).start()
 
     def each() -> Iterator[Fed]:
-        while True:
-            one, error = ready.get()
-            if error:
-                raise error
-            if one is None:
-                return
-            yield one
+        try:
+            while True:
+                one, error = ready.get()
+                if error:
+                    raise error
+                if one is None:
+                    return
+                yield one
+        finally:  # nobody takes what is on its way
+            left.set()
+            with suppress(Empty):
+                ready.get_nowait()
 
     return each()
 
