@@ -18,8 +18,8 @@ from ray.data._internal.execution.backpressure_policy.backpressure_policy import
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 _MOST = "rayllava.ahead"
-_TURN_S = 0.02
-"""Shortest turn of the loop that hands out tasks and rows. Without a task to wait for it would never rest."""
+_REST_S = 0.05
+"""Pause of the loop that hands out tasks and rows, when no task runs that it could wait for."""
 
 
 def bound(context: DataContext, *, steps: int, rows: int) -> None:
@@ -34,36 +34,32 @@ class Ahead(BackpressurePolicy):
 
     def can_add_input(self, op: Any) -> bool:
         _, rows = self._data_context.get_config(_MOST)
-        return not self._makes_rows(op) or self._waiting(op) < rows
+        makes_rows = any(map(_is_source, op.input_dependencies))
+        return not makes_rows or self._rows(op) < rows
 
     def max_task_output_bytes_to_read(self, op: Any) -> int | None:
         steps, _ = self._data_context.get_config(_MOST)
-        return 0 if self._is_source(op) and self._waiting(op) >= steps else None
+        return 0 if _is_source(op) and self._steps(op) >= steps else None
 
-    def _is_source(self, op: Any) -> bool:
-        return any(self._makes_rows(after) for after in op.output_dependencies)
+    def _steps(self, op: Any) -> int:
+        """Return how many numbers of a source wait for a task."""
+        waiting = sum(after.internal_input_queue_num_blocks() for after in op.output_dependencies)
+        return self._topology[op].total_enqueued_output_blocks() + waiting
 
-    def _makes_rows(self, op: Any) -> bool:
-        return any(not after.output_dependencies for after in op.output_dependencies)
-
-    def _waiting(self, op: Any) -> int:
-        """Return the blocks between an operator and the next one's tasks, or the dataset's takers."""
-        total = self._topology[op].total_enqueued_output_blocks()
-        for after in op.output_dependencies:
-            total += after.internal_input_queue_num_blocks()
-            if not after.output_dependencies:
-                total += self._topology[after].total_enqueued_output_blocks()
-        return total
+    def _rows(self, op: Any) -> int:
+        """Return how many rows of the tasks wait to be dealt to the ranks, or to be taken by them."""
+        waiting = sum(after.internal_input_queue_num_blocks() + self._rows(after) for after in op.output_dependencies)
+        return self._topology[op].total_enqueued_output_blocks() + waiting
 
 
 class Rest(ExecutionCallback):
-    """A pause between two turns of the loop that had nothing to wait for."""
-
-    def __init__(self) -> None:
-        self.last = 0.0
+    """A pause while enough rows are made; the loop would turn without one, since the next number is always there."""
 
     def on_execution_step(self, executor: Any) -> None:
-        left = self.last + _TURN_S - time.monotonic()
-        if left > 0:
-            time.sleep(left)
-        self.last = time.monotonic()
+        makers = [op for op in executor._topology if op.input_dependencies and not _is_source(op)]
+        if not any(op.num_active_tasks() for op in makers):
+            time.sleep(_REST_S)
+
+
+def _is_source(op: Any) -> bool:
+    return bool(op.input_dependencies) and not any(before.input_dependencies for before in op.input_dependencies)

@@ -95,10 +95,10 @@ def stream(spec: StreamSpec, *, rank: int = 0, threads: int = 2) -> Iterator[Fed
             yield Fed(index, desk.plan.epoch_of(index), [batch for batch, _ in made], rejected)
 
 
-def rows(spec: StreamSpec, *, without: Sequence[str] = ()) -> Dataset:
+def rows(spec: StreamSpec, *, on: Sequence[str] = ()) -> Dataset:
     """Return the dataset of an attempt: the rows of every step from the cursor to the end, in order.
 
-    They are made on any node but those whose ids are in `without`.
+    They are made on the nodes whose ids are in `on`; without any, on all that there are and come.
     """
     import ray
     from ray.data import ExecutionOptions, ExecutionResources
@@ -106,7 +106,7 @@ def rows(spec: StreamSpec, *, without: Sequence[str] = ()) -> Dataset:
     from rayllava.data.ahead import bound
     from rayllava.data.steps import Steps
 
-    where: dict[str, Any] = {"label_selector": {"ray.io/node-id": f"!in({','.join(without)})"}} if without else {}
+    where: dict[str, Any] = {"label_selector": {"ray.io/node-id": f"in({','.join(on)})"}} if on else {}
     # Without a CPU of its own, which also keeps Ray Data from making one task of the two operators.
     plan = Desk.open(spec).plan
     steps = Steps(plan.num_steps - spec.cursor)

@@ -275,9 +275,9 @@ def nodes(resources: dict[str, float]) -> list[Node]:
     return found
 
 
-def silent() -> list[str]:
-    """Return the ids of nodes that the cluster believes to be there, and that do not answer."""
-    return [node["NodeID"] for node in _alive(ray.nodes()) if not _answers(node)]
+def answering() -> list[str]:
+    """Return the ids of the nodes that are there and answer, whatever they are for."""
+    return [node["NodeID"] for node in _alive(ray.nodes()) if _answers(node)]
 
 
 def _alive(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -33,8 +33,9 @@ class Feed(WorkerGroupCallback):
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         world_size = worker_group_context.num_workers
         decision = store.decide(self.run, world_size=world_size, driver=self.driver)
-        # The cluster goes on giving tasks to a node that is gone until it has missed many heartbeats.
-        dataset = stream.rows(stream_spec(read_run(self.run), decision), without=elastic.silent())
+        # Not on a node that is gone, to which the cluster gives tasks until it has missed many heartbeats; nor on one
+        # that comes, where the first task waits for imports and all rows behind it for that task.
+        dataset = stream.rows(stream_spec(read_run(self.run), decision), on=elastic.answering())
         # No locality hints: with them rows are no longer dealt strictly in turn.
         self._splits = dataset.streaming_split(world_size, equal=True, locality_hints=None)
 
