@@ -6,17 +6,12 @@ range puts a task for every block into the object store before the first of them
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import pyarrow as pa
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.data.context import DataContext
-
-_AT_ONCE = 64
-_PAUSE_S = 0.005
-"""Between two steps after the first ones: less than any step takes, and enough not to keep the scheduler busy."""
 
 
 class Steps(Datasource):
@@ -42,6 +37,4 @@ _SCHEMA = pa.schema([("id", pa.int64())])
 
 def blocks(num: int) -> Iterator[pa.Table]:
     for step in range(num):
-        if step >= _AT_ONCE:
-            time.sleep(_PAUSE_S)
         yield pa.table({"id": [step]}, schema=_SCHEMA)

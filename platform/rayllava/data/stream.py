@@ -107,9 +107,9 @@ def rows(spec: StreamSpec, *, on: Sequence[str] = ()) -> Dataset:
     from rayllava.data.steps import Steps
 
     where: dict[str, Any] = {"label_selector": {"ray.io/node-id": f"in({','.join(on)})"}} if on else {}
-    # Without a CPU of its own, which also keeps Ray Data from making one task of the two operators.
     plan = Desk.open(spec).plan
     steps = Steps(plan.num_steps - spec.cursor)
+    # Without a CPU of its own, which also keeps Ray Data from making one task of the two operators.
     dataset = ray.data.read_datasource(steps, num_cpus=0, override_num_blocks=1, **where)
     dataset = dataset.map_batches(
         step_rows,  # type: ignore[arg-type]  # the stub knows no fn_kwargs
