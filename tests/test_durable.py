@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import io
+import os
+import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,6 +48,72 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert ended.returncode != 0
     assert (tmp_path / "a.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("size", [0, 10, 4096, 4097, (16 << 20) - 1, 16 << 20, (32 << 20) + 5000])
+def test_a_streamed_file_holds_what_was_written_in_pieces_of_any_size(tmp_path: Path, size: int) -> None:
+    draw = random.Random(size)
+    content = draw.randbytes(size)
+    with durable.new_file(tmp_path / "x") as file:
+        rest = memoryview(content)
+        while rest:
+            piece = bytearray(rest[: draw.choice([1, 4096, 5000, 1 << 20, 20 << 20])])
+            rest = rest[len(piece) :]
+            assert file.write(memoryview(piece)) == len(piece)
+            piece[:] = bytes(len(piece))
+    assert (tmp_path / "x").read_bytes() == content
+
+
+class _Uncached(io.FileIO):
+    """A file on a file system of a kind; `asked` is whether its writes shall go past the page cache."""
+
+    def __init__(self, path: Path, write: Callable[[bool, memoryview], int]) -> None:
+        super().__init__(path, "wb")
+        self.may, self.asked, self.uncached = write, False, 0
+
+    def write(self, content: memoryview) -> int:  # type: ignore[override]
+        may = self.may(self.asked, content)
+        self.uncached += may * self.asked
+        return super().write(content[:may])
+
+
+def _any(asked: bool, content: memoryview) -> int:
+    return len(content)
+
+
+def _none(asked: bool, content: memoryview) -> int:
+    if asked:
+        raise OSError(errno.EINVAL, "no such writes here")
+    return len(content)
+
+
+def _in_parts(asked: bool, content: memoryview) -> int:
+    if asked and len(content) % 4096:
+        raise OSError(errno.EINVAL, "not in whole pages")
+    return min(len(content), 1_000_001)
+
+
+@pytest.mark.parametrize("write", [_any, _none, _in_parts])
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_streamed_file_is_whole_on_any_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[bool, memoryview], int], knows: bool
+) -> None:
+    def control(file: _Uncached, command: int, flags: int = 0) -> int:
+        if command == fcntl.F_SETFL:
+            if flags & os.O_DIRECT and not knows:
+                raise OSError(errno.EINVAL, "what is that")
+            file.asked = bool(flags & os.O_DIRECT)
+        return flags
+
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    content = random.Random(0).randbytes((16 << 20) + 4096 + 7)
+    with _Uncached(tmp_path / "x", write) as file:
+        new = durable.NewFile(file)  # type: ignore[arg-type]
+        new.write(content)
+        new.flush()
+    assert (tmp_path / "x").read_bytes() == content
+    if knows and write is _any:
+        assert file.uncached == (16 << 20) + 4096
 
 
 def test_an_unwritable_folder_is_named_with_a_cure(tmp_path: Path) -> None:

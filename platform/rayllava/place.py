@@ -147,7 +147,7 @@ class Place:
             file.write(content)
 
     @contextmanager
-    def new_file(self) -> Iterator[BinaryIO]:
+    def new_file(self) -> Iterator[BinaryIO | durable.NewFile]:
         """Yield a file to write under a new name; a reader sees nothing of it, or all once the block has ended well.
 
         Where the block fails a store, which cannot break off, may show what was written until it is removed here.

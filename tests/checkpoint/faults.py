@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import os
 import random
@@ -89,6 +90,7 @@ class Faults:
         if self.count != self.at or self.kind == "none":
             return
         if file is not None:
+            fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT)  # it ends anywhere
             file.write(content[: self.draw.randint(0, len(content))])
             with contextlib.suppress(OSError):
                 file.flush()

@@ -17,7 +17,8 @@ from torch import Tensor
 from rayllava.place import Place
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
-_PIECE = 16 << 20
+_PIECE = 1 << 20
+"""Bytes that are digested and then copied while they lie in the CPU's cache."""
 
 
 def write_state(place: Place, tensors: Mapping[str, Tensor]) -> tuple[str, int]:
