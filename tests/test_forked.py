@@ -147,3 +147,38 @@ def test_a_client_that_finds_no_server_is_the_worker_itself(kind: str, folder: P
     found = told(start(folder, TELL, "--worker-id", "1"))
     assert found["parent"] == os.getpid() and not found["imported"]
     assert found["argv"] == ["--worker-id", "1"]
+
+
+JOB = """
+import os, sys
+import ray
+from rayllava import forked
+
+ray.init(address=sys.argv[1], namespace="jobs", log_to_driver=False)
+
+@ray.remote(runtime_env=forked.runtime_env(["ray"]))
+def job() -> str:
+    return ray.get_runtime_context().get_job_id()
+
+try:
+    print(ray.get(job.remote(), timeout=60) == ray.get_runtime_context().get_job_id())
+    sys.stdout.flush()
+finally:
+    os._exit(0)  # as a driver that is killed: it says goodbye to nobody
+"""
+
+
+def test_a_later_job_gets_workers_of_its_own(folder: Path) -> None:
+    """Ray reads the job of a process once, when it is imported; a server imports it in the first job's life."""
+    from ray.cluster_utils import Cluster
+
+    Path("/tmp/ray").mkdir(exist_ok=True)  # where Cluster leaves its address, whatever its own folder
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "temp_dir": str(folder / "ray")})
+    try:
+        (folder / "job.py").write_text(JOB)
+        words = [sys.executable, str(folder / "job.py"), str(cluster.address)]
+        for _ in range(2):
+            done = subprocess.run(words, env=environ(folder), capture_output=True, text=True, timeout=120)
+            assert done.stdout == "True\n", done.stderr
+    finally:
+        cluster.shutdown()

@@ -42,6 +42,8 @@ _IDLE_S = 300.0
 """A server without children ends after so long."""
 _WAIT_S = 180.0
 """A client that waits longer for its server becomes the worker itself."""
+_NO_JOB = "ffffffff"
+"""Ray's id of none: it reads the job of a process when it is imported, and children of a server serve many."""
 _LENGTH = struct.Struct("<I")
 
 
@@ -121,6 +123,7 @@ def _start(place: Path) -> subprocess.Popen[bytes]:
     with place.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", _MODULE, "--serve", str(place), str(os.getppid())],
+            env=os.environ | {"RAY_JOB_ID": _NO_JOB},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -169,7 +172,8 @@ def _alone(place: Path) -> Iterator[bool]:
                 yield True
             finally:
                 if os.getpid() == own:  # and not in a child, which leaves the block, too
-                    for each in (place, path):
+                    said = place.with_suffix(".log")
+                    for each in (place, path, *([said] if said.exists() and not said.stat().st_size else [])):
                         each.unlink(missing_ok=True)
             return
 
