@@ -30,7 +30,7 @@ from tests.train.ranks import run_ranks
 STEPS = 55
 SAMPLES = 60
 LONG = 60
-"""Samples of a step that takes long enough, two seconds, for a new node to be worth a restart."""
+"""Samples of a step that takes long enough, over a second, for a new node to be worth a restart."""
 SHORT = 12
 
 TUNINGS = {
@@ -128,12 +128,13 @@ def kill_the_driver(scene: Scene) -> None:
 
 
 def grow(scene: Scene) -> None:
+    """One worker, then two, then three: early enough that most of the run is left for a restart to pay."""
     scene.lab.kill(scene.lab.nodes[0])
-    scene.at(8, world_size=1)
+    scene.at(1, world_size=1)
     scene.lab.join()
-    scene.at(18, world_size=2)
+    scene.at(8, world_size=2)
     scene.lab.join()
-    scene.at(28, world_size=3)
+    scene.at(18, world_size=3)
 
 
 def shrink(scene: Scene) -> None:

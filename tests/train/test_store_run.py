@@ -180,7 +180,7 @@ def test_a_run_in_a_store_survives_its_driver(
     run, fields = Place(out), [*words(bases, dialogues, out), "data.epochs=8", "scale.workers=2"]
     driver = start("jobs/finetune.py", "tiny.finetune", *fields)
     deadline = time.monotonic() + 240
-    while len(read_metrics(run / "metrics.jsonl")) < 10:
+    while len(read_metrics(run / "metrics.jsonl")) < 10 or Store(run).latest() is None:
         assert driver.process.poll() is None and time.monotonic() < deadline, driver.said()
         time.sleep(0.5)
     os.kill(driver.process.pid, signal.SIGKILL)
