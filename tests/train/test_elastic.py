@@ -128,13 +128,14 @@ def kill_the_driver(scene: Scene) -> None:
 
 
 def grow(scene: Scene) -> None:
-    """One worker, then two, then three: early enough that most of the run is left for a restart to pay."""
+    """One worker, then two, then three; the third comes while most of the run is left, or a restart would not pay."""
     scene.lab.kill(scene.lab.nodes[0])
     scene.at(1, world_size=1)
     scene.lab.join()
-    scene.at(8, world_size=2)
+    time.sleep(8)
     scene.lab.join()
-    scene.at(18, world_size=3)
+    scene.at(2, world_size=2)
+    scene.at(3, world_size=3)
 
 
 def shrink(scene: Scene) -> None:
