@@ -26,10 +26,8 @@ _PAGE = 4096
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content`; a reader sees the old file or the new one."""
-    with _beside(path) as beside, beside.open("wb") as file:
+    with _replacement(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,20 +44,22 @@ def new_file(path: Path) -> Iterator[NewFile]:
 
     What already stands at `path` is replaced.
     """
-    with _beside(path) as beside, beside.open("wb", buffering=0) as file:
+    with _replacement(path, buffering=0) as file:
         new = NewFile(file)
         yield new
         new.flush()
-        os.fsync(file.fileno())
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Yield where to write, flush and close what then becomes `path`."""
+def _replacement(path: Path, *, buffering: int = -1) -> Iterator[BinaryIO]:
+    """Yield a file that is flushed to disk and becomes `path` when the block ends well."""
     make_dir(path.parent)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield beside
+        with beside.open("wb", buffering=buffering) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -172,8 +172,7 @@ def _alone(place: Path) -> Iterator[bool]:
                 yield True
             finally:
                 if os.getpid() == own:  # and not in a child, which leaves the block, too
-                    said = place.with_suffix(".log")
-                    for each in (place, path, *([said] if said.exists() and not said.stat().st_size else [])):
+                    for each in (place, path):
                         each.unlink(missing_ok=True)
             return
 
