@@ -41,17 +41,17 @@ def command(script: Path, *words: str) -> list[str]:
     return [*env["py_executable"].split(), str(script), *words]
 
 
-def environ(folder: Path, **more: str) -> dict[str, str]:
-    env = forked.runtime_env(["colorsys"])["env_vars"]
-    return os.environ | env | {"PYTHONPATH": str(ROOT / "platform"), "TMPDIR": str(folder)} | more
+def environ(folder: Path, imports: str = "colorsys", **more: str) -> dict[str, str]:
+    env = forked.runtime_env([imports])["env_vars"]
+    path = os.pathsep.join([str(ROOT / "platform"), str(folder)])
+    return os.environ | env | {"PYTHONPATH": path, "TMPDIR": str(folder)} | more
 
 
-def start(folder: Path, text: str, *words: str, **more: str) -> subprocess.Popen[str]:
+def start(folder: Path, text: str, *words: str, imports: str = "colorsys", **more: str) -> subprocess.Popen[str]:
     script = folder / "worker.py"
     script.write_text(text)
-    return subprocess.Popen(
-        command(script, *words), env=environ(folder, **more), cwd=folder, stdout=subprocess.PIPE, text=True
-    )
+    env = environ(folder, imports, **more)
+    return subprocess.Popen(command(script, *words), env=env, cwd=folder, stdout=subprocess.PIPE, text=True)
 
 
 def told(client: subprocess.Popen[str]) -> dict[str, Any]:
@@ -83,6 +83,34 @@ def test_a_fork_is_what_its_client_was_asked_to_be(folder: Path) -> None:
     assert one["imported"] and two["imported"]
     assert one["parent"] == two["parent"] != os.getpid(), "both are forks of one server"
     assert one["random"] != two["random"]
+
+
+DRAW = """
+import json, os, threading
+import ray
+drawn = []
+thread = threading.Thread(target=lambda: drawn.append(ray.NodeID.from_random().hex()))
+thread.start()
+thread.join()
+print(json.dumps({"drawn": drawn[0], "parent": os.getppid()}))
+"""
+
+
+def test_forks_draw_ids_of_their_own(folder: Path) -> None:
+    """Ray names a task by what its caller's thread drew: two ranks that draw alike crash the actor that both call."""
+    (folder / "actors.py").write_text("import ray\n@ray.remote\nclass Actor: pass\n")
+    one, two = (told(start(folder, DRAW, imports="actors")) for _ in range(2))
+    assert one["parent"] == two["parent"] != os.getpid(), "both are forks of one server"
+    assert one["drawn"] != two["drawn"]
+
+
+def test_nothing_is_forked_after_an_import_that_drew_an_id(folder: Path) -> None:
+    (folder / "drawer.py").write_text("import ray\nray.NodeID.from_random()\n")
+    one, two = (told(start(folder, DRAW, imports="drawer")) for _ in range(2))
+    assert one["parent"] == two["parent"] == os.getpid(), "each started by itself"
+    assert one["drawn"] != two["drawn"]
+    (log,) = (folder / f"rayllava-{os.getuid()}" / "forks").glob("*.log")
+    assert log.read_text().endswith("an import has drawn an id of Ray's, and forks would now draw the same ones\n")
 
 
 @pytest.mark.parametrize(

@@ -218,9 +218,9 @@ class _Server:
         thread = threading.Thread(target=_import_humbly, name="imports")
         thread.start()
         thread.join()
-        if _holds_gpu():
+        if why := _unforkable():
             self.place.with_suffix(".never").touch()
-            raise SystemExit("an import has opened a GPU, which no fork can use then")
+            raise SystemExit(why)
         gc.collect()
         gc.freeze()  # so that children do not copy what they only look at
         wakes, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -300,18 +300,67 @@ class _Server:
         return bool(self.clients) or time.monotonic() - self.busy < _IDLE_S
 
 
+def _unforkable() -> str:
+    """Say what an import has done that this process's forks would suffer from, if it has."""
+    if _holds_gpu():
+        return "an import has opened a GPU, which no fork can use then"
+    if _drawn_by_a_fork() == _drawn_by_a_fork():
+        return "an import has drawn an id of Ray's, and forks would now draw the same ones"
+    return ""
+
+
 def _holds_gpu() -> bool:
     with contextlib.suppress(FileNotFoundError):
         return any(str(path.readlink()).startswith("/dev/nvidia") for path in Path("/proc/self/fd").iterdir())
     return False
 
 
+def _drawn_by_a_fork() -> bytes:
+    """Return the first id that a fork of this process draws."""
+    import ray  # here only: clients are to be light
+
+    reads, writes = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.write(writes, ray.ActorClassID.from_random().binary())
+        finally:
+            os._exit(0)
+    os.close(writes)
+    os.waitpid(pid, 0)
+    with os.fdopen(reads, "rb") as told:
+        return told.read()
+
+
 def _import_humbly() -> None:
     """Import at a low priority. On Linux that is this thread's and ends with it; a process could not take it back."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
-    for name in filter(None, os.environ.get(_IMPORTS, "").split(",")):
-        import_module(name)
+    with _undrawn():
+        for name in filter(None, os.environ.get(_IMPORTS, "").split(",")):
+            import_module(name)
+
+
+@contextlib.contextmanager
+def _undrawn() -> Iterator[None]:
+    """Let classes become actors without an id that Ray's native part draws.
+
+    It draws from a pool that is seeded once a process, at the first draw: forks made after that draw the same ids.
+    Two ranks would call an actor by tasks of the same name, and it crashes where both run at once.
+    """
+    actor: Any = import_module("ray.actor")
+    native = actor.ActorClassID
+
+    class ActorClassID:
+        @staticmethod
+        def from_random() -> Any:
+            return native(os.urandom(native.size()))
+
+    actor.ActorClassID = ActorClassID
+    try:
+        yield
+    finally:
+        actor.ActorClassID = native
 
 
 if __name__ == "__main__":
