@@ -156,6 +156,7 @@ def killed_and_finished(
     again = start(*words(parts, dialogues, out), "scale.workers=1", "scale.zero=2")
     said, _ = again.communicate(timeout=240)
     assert again.returncode == 0, said
+    (out.parent / "said.log").write_text(said)
     return out, before
 
 
@@ -169,6 +170,15 @@ def test_a_killed_run_continues_to_its_end(killed_and_finished: tuple[Path, list
     assert second.checkpoint == f"step-{second.cursor:06d}"
     assert [entry["world_size"] for entry in after] == [2] * second.cursor + [1] * (120 - second.cursor)
     assert runs.read_run(Place(str(out))).finished
+
+
+def test_a_run_is_not_troubled_by_another_cluster_on_its_host(
+    killed_and_finished: tuple[Path, list[dict[str, float]]],
+) -> None:
+    """The tests' own one; Ray Train's helpers may look for the controller of a run there."""
+    out, _ = killed_and_finished
+    said = (out.parent / "said.log").read_text()
+    assert "Traceback" not in said and "multiple active Ray instances" not in said, said
 
 
 def test_a_killed_run_counted_every_sample_once(

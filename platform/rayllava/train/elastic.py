@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, cast
 import ray
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
@@ -45,6 +46,12 @@ _MARGIN_S = 5.0
 """Before the deadline of a draining node that cannot be replaced, its group saves and waits."""
 
 
+_WITHOUT = (DatasetsCallback, PlacementGroupCleanerCallback)
+"""What we leave out of Ray Train. Rows come from rayllava.train.feed, and what a dead controller leaves ends with its
+job. The second looks for its controller every second, in the newest cluster of its host where no variable names one,
+and takes the workers' places away when it is not there."""
+
+
 class ElasticTrainer(TorchTrainer):
     """Ray's TorchTrainer under our policies."""
 
@@ -59,8 +66,7 @@ class ElasticTrainer(TorchTrainer):
         worker_env = self.run_config.worker_runtime_env  # type: ignore[attr-defined]
         kwargs["scaling_policy"] = Capacity(config, self._scale, self._run, worker_env)
         kwargs["failure_policy"] = Failures(cast(FailureConfig, self.run_config.failure_config), self._run)
-        # Rows come from rayllava.train.feed.
-        kwargs["callbacks"] = [one for one in kwargs["callbacks"] if not isinstance(one, DatasetsCallback)]
+        kwargs["callbacks"] = [one for one in kwargs["callbacks"] if not isinstance(one, _WITHOUT)]
         return super()._initialize_and_run_controller(**kwargs)  # type: ignore[misc]
 
 
