@@ -32,6 +32,7 @@ SAMPLES = 60
 LONG = 60
 """Samples of a step that takes long enough, over a second, for a new node to be worth a restart."""
 SHORT = 12
+"""Samples of a step that does not; two go through the model at once."""
 
 TUNINGS = {
     "projector": ["tuning=projector"],
@@ -50,9 +51,10 @@ def words(
     *,
     steps: int = STEPS,
     batch: int = LONG,
-    atom: int = 1,
+    atom: int = 0,
 ) -> list[str]:
-    """A step takes `batch` / `atom` forward passes."""
+    """A step takes `batch` / `atom` forward passes; 0 is 1 for LONG and 2 for SHORT steps."""
+    atom = atom or (1 if batch == LONG else 2)
     return [
         f"data={shards}",
         f"out={out}",
