@@ -1,21 +1,10 @@
-"""Ray's worker processes as forks of one that has imported everything: one for each node and list of modules.
-
-raylet --starts--> client    python -m rayllava.forked default_worker.py ARGUMENTS: light, and all that raylet knows
-                     | arguments, environment, folder, outputs
-                   server    started by the first client, imports at a low priority, then forks for whoever asks
-                     |
-                   child     runs default_worker.py as if it had been started that way
-
-The client ends as the child does, and the child with the client. A server ends with its raylet, or when it has had no
-child for a while. Where forking is impossible the client becomes the worker itself: slower, and as good.
-"""
+"""The process that imports once and forks for every client: python -m rayllava.forked.server PLACE RAYLET"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import gc
-import hashlib
 import json
 import os
 import random
@@ -24,135 +13,27 @@ import select
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rayllava import durable
+from rayllava.forked import IMPORTS, LENGTH, exactly, send_signal
 
-_MODULE = "rayllava.forked"
-_IMPORTS = "RAYLLAVA_IMPORTS"
 _NICE = 10
 _IDLE_S = 300.0
 """A server without children ends after so long."""
-_WAIT_S = 180.0
-"""A client that waits longer for its server becomes the worker itself."""
-_NO_JOB = "ffffffff"
-"""Ray's id of none: it reads the job of a process when it is imported, and children of a server serve many."""
-_LENGTH = struct.Struct("<I")
 
 
-def runtime_env(modules: Sequence[str]) -> dict[str, Any]:
-    """Return the runtime environment of processes that begin with these modules imported."""
-    command = f"{sys.executable} -m {_MODULE}"
-    return {"py_executable": command, "env_vars": {_IMPORTS: ",".join(modules)}}
-
-
-def main(argv: list[str]) -> None:
-    """Be a client, or the server that one starts."""
-    if argv[:1] == ["--serve"]:
-        place = Path(argv[1])
-        with _alone(place) as alone:
-            child = _Server(place, raylet=int(argv[2])).run() if alone else None
-        if child:
-            child()
-        return
-    try:
-        place = _place()
-        connection = _connect(place)
-        request = {"argv": argv, "env": dict(os.environ), "cwd": str(Path.cwd())}
-        content = json.dumps(request).encode()
-        socket.send_fds(connection, [_LENGTH.pack(len(content))], [0, 1, 2])
-        connection.sendall(content)
-        (pid,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
-    except (OSError, EOFError, ValueError) as error:
-        print(f"rayllava.forked: {error}; starting a worker of its own", file=sys.stderr)
-        os.execv(sys.executable, [sys.executable, *argv])
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: _signal(pid, number))
-    try:
-        (status,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
-    except (OSError, EOFError):  # the server is gone; its children are not
-        _outlive(pid)
-        return
-    if os.WIFSIGNALED(status):
-        with contextlib.suppress(OSError):  # SIGKILL's cannot be changed
-            signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
-        os.kill(os.getpid(), os.WTERMSIG(status))
-    sys.exit(os.waitstatus_to_exitcode(status))
-
-
-# -- the client's side ----------------------------------------------------------------------------------------
-
-
-def _place() -> Path:
-    """Return where the server of this client's raylet and modules listens."""
-    folder = durable.own_dir() / "forks"
-    folder.mkdir(exist_ok=True)
-    said = f"{os.environ.get(_IMPORTS, '')}:{os.environ.get('PYTHONPATH', '')}"
-    return folder / f"{os.getppid()}-{hashlib.blake2b(said.encode(), digest_size=6).hexdigest()}"
-
-
-def _connect(place: Path) -> socket.socket:
-    """Return a connection to the server, which is started where there is none."""
-    if place.with_suffix(".never").exists():
-        raise ConnectionError(f"no forks here, see {place}.log")
-    until = time.monotonic() + _WAIT_S
-    server: subprocess.Popen[bytes] | None = None
-    while True:
-        connection = socket.socket(socket.AF_UNIX)
-        try:
-            connection.connect(str(place))
-            return connection
-        except (FileNotFoundError, ConnectionRefusedError):
-            connection.close()
-        server = server or _start(place)
-        if server.poll():  # it ends with 0 when another one is about to listen
-            raise ConnectionError(f"the server ended with {server.returncode}, see {place}.log")
-        if time.monotonic() > until:
-            raise ConnectionError(f"no server within {_WAIT_S:.0f} s, see {place}.log")
-        time.sleep(0.05)
-
-
-def _start(place: Path) -> subprocess.Popen[bytes]:
-    with place.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", _MODULE, "--serve", str(place), str(os.getppid())],
-            env=os.environ | {"RAY_JOB_ID": _NO_JOB},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-
-
-def _signal(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def _outlive(pid: int) -> None:
-    """Wait for a process that is no child."""
-    while Path(f"/proc/{pid}").exists():
-        time.sleep(0.5)
-
-
-def _exactly(connection: socket.socket, size: int) -> bytes:
-    content = b""
-    while len(content) < size:
-        piece = connection.recv(size - len(content))
-        if not piece:
-            raise EOFError("the server hung up")
-        content += piece
-    return content
-
-
-# -- the server's side ----------------------------------------------------------------------------------------
+def main(place: Path, *, raylet: int) -> None:
+    """Serve a raylet's clients, unless somebody does already; returns at the end, and in every child at its own."""
+    with _alone(place) as alone:
+        child = _Server(place, raylet=raylet).run() if alone else None
+    if child:
+        child()
 
 
 @contextlib.contextmanager
@@ -255,8 +136,8 @@ class _Server:
         connection, _ = listener.accept()
         try:
             connection.settimeout(10.0)
-            head, outputs, _, _ = socket.recv_fds(connection, _LENGTH.size, 3)
-            wish = json.loads(_exactly(connection, _LENGTH.unpack(head)[0]))
+            head, outputs, _, _ = socket.recv_fds(connection, LENGTH.size, 3)
+            wish = json.loads(exactly(connection, LENGTH.unpack(head)[0]))
         except (OSError, EOFError, ValueError, struct.error):
             connection.close()
             return None
@@ -268,7 +149,7 @@ class _Server:
             os.close(descriptor)
         self.clients[pid] = connection
         with contextlib.suppress(OSError):
-            connection.sendall(_LENGTH.pack(pid))
+            connection.sendall(LENGTH.pack(pid))
         return None
 
     def _reap(self) -> None:
@@ -283,14 +164,14 @@ class _Server:
                 return
             connection = self.clients.pop(pid)
             with contextlib.suppress(OSError), connection:
-                connection.sendall(_LENGTH.pack(status))
+                connection.sendall(LENGTH.pack(status))
             self.busy = time.monotonic()
 
     def _abandoned(self, connection: socket.socket) -> None:
         """End the child of a client that is gone."""
         for pid, one in self.clients.items():
             if one is connection:
-                _signal(pid, signal.SIGKILL)
+                send_signal(pid, signal.SIGKILL)
 
     def _needed(self) -> bool:
         try:
@@ -337,7 +218,7 @@ def _import_humbly() -> None:
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
     with _undrawn():
-        for name in filter(None, os.environ.get(_IMPORTS, "").split(",")):
+        for name in filter(None, os.environ.get(IMPORTS, "").split(",")):
             import_module(name)
 
 
@@ -364,4 +245,4 @@ def _undrawn() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(Path(sys.argv[1]), raylet=int(sys.argv[2]))
