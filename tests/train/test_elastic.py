@@ -287,6 +287,29 @@ def test_a_run_has_one_truth_when_its_driver_dies_while_a_rank_is_late_with_its_
     check(out, undisturbed(other, words(parts, dialogues, other, "lora", 2, steps=30, atom=2)), steps=30)
 
 
+@pytest.mark.slow
+def test_a_node_that_is_lost_while_a_group_starts_holds_up_nobody(
+    parts: ModelSpec, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 waits for rank 1 in the process group, and its place is needed for the next group."""
+    out = tmp_path / "run"
+    monkeypatch.setenv("RAYLLAVA_TEST_ABSENT", str(tmp_path))
+    with Lab(tmp_path, path=(Path(__file__).parent / "absent",)) as lab:
+        lab.join()
+        lab.join()
+        scene = Scene(lab, out, words(parts, dialogues, out, "projector", 2, steps=10, batch=SHORT))
+        until = time.monotonic() + 120
+        while not (tmp_path / "node").exists():
+            assert time.monotonic() < until and scene.driver.poll() is None, scene.said()
+            time.sleep(0.1)
+        (lost,) = (node for node in lab.nodes if node.node_id == (tmp_path / "node").read_text())
+        lab.kill(lost)
+        scene.at(1, world_size=1, seconds=60)
+        scene.finish()
+    assert [one.cursor for one in decisions(Place(str(out)), {}).values()] == [0, 0]
+    assert audit(Place(str(out))).verdict.startswith("exactly once: ")
+
+
 def redone(out: Path, attempt: int) -> int:
     """Return how many steps were done before an attempt that it did again."""
     import json

@@ -22,6 +22,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
@@ -66,8 +67,28 @@ class ElasticTrainer(TorchTrainer):
         worker_env = self.run_config.worker_runtime_env  # type: ignore[attr-defined]
         kwargs["scaling_policy"] = Capacity(config, self._scale, self._run, worker_env)
         kwargs["failure_policy"] = Failures(cast(FailureConfig, self.run_config.failure_config), self._run)
-        kwargs["callbacks"] = [one for one in kwargs["callbacks"] if not isinstance(one, _WITHOUT)]
+        # The process group is set up by one of Ray Train's, and what that leaves when it breaks is to be known.
+        kwargs["callbacks"] = [_Leftovers(), *(one for one in kwargs["callbacks"] if not isinstance(one, _WITHOUT))]
         return super()._initialize_and_run_controller(**kwargs)  # type: ignore[misc]
+
+
+class _Leftovers(WorkerGroupCallback):
+    """Ends a group that broke while it started, before the next one starts.
+
+    Ray Train forgets such a group once it has workers, and those that wait for a lost one would keep their places.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = None
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        if self._group is not None and self._group.has_started():
+            log.info("ending the workers of a group that broke while it started")
+            self._group._worker_group_state.shutdown()
+        self._group = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._group = worker_group
 
 
 class NoCapacity(ValueError):

@@ -3,36 +3,22 @@
 The state files of rank 1 take HOLD_S seconds from step 20 of the first attempt on.
 """
 
-import importlib.abc
-import importlib.util
-import sys
 import time
 
+from tests.train.patched import when_imported
+
 HOLD_S = 25.0
-_MODULE = "rayllava.checkpoint.state"
 
 
-class _Late(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        if name != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
+def _late(state):  # type: ignore[no-untyped-def]
+    write = state.write_state
 
-        def exec_module(module):  # type: ignore[no-untyped-def]
-            load(module)
-            write = module.write_state
+    def late(place, tensors):  # type: ignore[no-untyped-def]
+        if "state-1-00001" in place.name and "step-000010" not in str(place):
+            time.sleep(HOLD_S)
+        return write(place, tensors)
 
-            def late(place, tensors):  # type: ignore[no-untyped-def]
-                if "state-1-00001" in place.name and "step-000010" not in str(place):
-                    time.sleep(HOLD_S)
-                return write(place, tensors)
-
-            module.write_state = late
-
-        spec.loader.exec_module = exec_module
-        return spec
+    state.write_state = late
 
 
-sys.meta_path.insert(0, _Late())
+when_imported("rayllava.checkpoint.state", _late)
