@@ -3,8 +3,13 @@
   python jobs/convert.py runs/finetune/export runs/finetune-hf --to hf
   python jobs/convert.py llava-1.5-7b-hf runs/llava-1.5-7b --to hf template=vicuna_v1 aspect=pad
 
-SRC is RUN, RUN/export or a Hugging Face LLaVA folder, on a disk or in a store (s3://...); its layout is found by
-looking inside. A folder without our manifest.json does not say how it is asked: add template=NAME.
+  python jobs/convert.py llava-v1.5-7b runs/llava --to hf template=vicuna_v1 --vision-tower clip-vit-large-patch14-336
+  python jobs/convert.py iter_5198.pth runs/mine --to hf template=internlm2_chat --base internlm2-chat-7b \
+    --vision-tower clip-vit-large-patch14-336
+
+SRC is RUN, RUN/export, a Hugging Face LLaVA folder, a folder of LLaVA's own (whole, adapters, or a projector alone),
+a folder of XTuner's, or its training checkpoint; its layout is found by looking inside. Adapters are merged. Nothing
+but our manifest.json says how a model is asked: add template=NAME where there is none.
 DST/proof.json holds what was compared. The exit code is 0 only if everything agreed.
 
 fields: template=NAME   aspect=pad|crop   family=NAME   dtype=float32|bfloat16|float16
@@ -23,13 +28,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("src", metavar="SRC", help="folder of the model")
     parser.add_argument("dst", metavar="DST", help="folder to make")
     parser.add_argument("--to", metavar="LAYOUT", required=True, help="hf")
+    parser.add_argument("--base", metavar="DIR", default="", help="language model that SRC was trained from")
+    parser.add_argument("--vision-tower", metavar="DIR", default="", help="vision tower that SRC was trained with")
     parser.add_argument("fields", nargs="*", metavar="field=value", help="template=vicuna_v1 ...")
     words = parser.parse_intermixed_args(argv)
 
     from rayllava.convert.run import ConvertSpec, convert
     from rayllava.spec import override
 
-    spec = override(ConvertSpec(), words.fields)
+    spec = override(ConvertSpec(base=words.base, vision_tower=words.vision_tower), words.fields)
     if words.dry_run:
         print(json.dumps({"src": words.src, "dst": words.dst, "to": words.to} | spec.model_dump(), indent=1))
         return

@@ -8,15 +8,30 @@ Of these the first that a folder holds is read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
+
+_TYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""Words of a safetensors header, and torch's names."""
 
 
 class Held(Protocol):
@@ -25,7 +40,22 @@ class Held(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
     def read(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A tensor that is made of others, or of one in memory, when it is asked for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    def read(self) -> Tensor:
+        return self.make()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +63,7 @@ class _SafeTensor:
     path: Path
     key: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
 
     def read(self) -> Tensor:
         from safetensors import safe_open
@@ -77,11 +108,25 @@ def open_weights(path: Path) -> dict[str, Held]:
         return dict(tensors(path))
     from safetensors import SafetensorError, safe_open
 
+    found: dict[str, Held] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: _SafeTensor(path, key, tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+            keys = file.keys()
+            for key in keys:
+                held = file.get_slice(key)
+                found[key] = _SafeTensor(path, key, tuple(held.get_shape()), _dtype(held.get_dtype()))
+            return found
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole file of safetensors ({error}); fetch it again") from error
+
+
+def _dtype(name: str) -> torch.dtype:
+    """Return torch's type for the word of a safetensors header; ValueError for one that we do not read."""
+    import torch
+
+    if name not in _TYPES:
+        raise ValueError(f"tensors of type {name} are not read here; there are: {', '.join(_TYPES)}")
+    return getattr(torch, _TYPES[name])
 
 
 def stream(files: list[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -39,11 +39,11 @@ def build(model: ModelSpec, processor: ProcessorSpec, *, seed: int) -> Any:
     llm = language_model(resolve.folder(model.llm), family=model.family)
     tower = vision_tower(resolve.folder(model.vision), size=processor.image_size)
     num_own = llm.get_input_embeddings().weight.shape[0]
-    rows = _rows(processor)
+    rows = rows_of(processor)
     if rows > num_own:
         torch.manual_seed(seed)
         llm.resize_token_embeddings(rows, pad_to_multiple_of=64)
-    llava = _empty(model, processor, llm.config, tower.config)
+    llava = empty(model, processor, llm.config, tower.config)
     llava.model.language_model = llm.model
     llava.lm_head = llm.lm_head
     llava.model.vision_tower = tower
@@ -57,9 +57,9 @@ def outline(model: ModelSpec, processor: ProcessorSpec) -> Outline:
     llm = llm_config(Path(model.llm), family=model.family)
     tower = tower_config(Path(model.vision), size=processor.image_size)
     num_own = llm.vocab_size
-    if _rows(processor) > num_own:
-        llm.vocab_size = -(-_rows(processor) // 64) * 64
-    llava = _empty(model, processor, llm, tower)
+    if rows_of(processor) > num_own:
+        llm.vocab_size = -(-rows_of(processor) // 64) * 64
+    llava = empty(model, processor, llm, tower)
     shapes = {name: tuple(tensor.shape) for name, tensor in llava.state_dict().items()}
     return Outline(shapes, num_own, llm.tie_word_embeddings)
 
@@ -69,12 +69,12 @@ def check_start(origin: Origin, model: ModelSpec, processor: ProcessorSpec) -> N
     check_fits(origin, model, outline(model, processor))
 
 
-def _rows(processor: ProcessorSpec) -> int:
+def rows_of(processor: ProcessorSpec) -> int:
     """Return how many rows the tables need at least."""
     return max(processor.image_token_id, processor.pad_token_id) + 1
 
 
-def _empty(model: ModelSpec, processor: ProcessorSpec, llm: Any, tower: Any) -> Any:
+def empty(model: ModelSpec, processor: ProcessorSpec, llm: Any, tower: Any) -> Any:
     """Return the model of two configs without memory for its weights."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 

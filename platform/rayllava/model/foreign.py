@@ -6,7 +6,7 @@ path --origin_of--> Origin (layout, digests) --open_origin--> Found --check_fits
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rayllava import copies
-from rayllava.checkpoint.layouts import LAYOUTS, Found, Weight, detect, in_whole
+from rayllava.checkpoint.layouts import LAYOUTS, Found, Part, Weight, detect, in_whole
 from rayllava.checkpoint.manifest import read_model_manifest
 from rayllava.checkpoint.parts import read_llm_config, read_tower_config
 from rayllava.checkpoint.remap import REMAPS
@@ -38,7 +38,10 @@ class Outline:
     """Whether the head is the embedding table."""
 
 
-_TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+Words = Mapping[Part, dict[str, Any]]
+"""What config.json says, by part."""
+
+TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 """Their rows are the vocabulary, which ours pads and others do not."""
 _CURE = {
     "projector": "give the model.llm and model.vision it was trained with; a projector has two layers here",
@@ -112,9 +115,14 @@ def check_fits(origin: Origin, model: ModelSpec, outline: Outline) -> None:
     A part that is there at all must be there whole, unless it is adapters.
     """
     found = LAYOUTS[origin.layout].open(Path(origin.path), field="init_from")
+    kinds = None if found.translated else words_of(model)
     whole: set[str] = set()
     for weight in found.weights:
-        for name, tensor in _canonical(weight, torch.empty(weight.held.shape, device="meta"), found, model):
+        try:
+            named = list(translated(weight, torch.empty(weight.held.shape, device="meta"), kinds))
+        except ValueError as error:
+            raise ValueError(f"init_from={origin.path}: {error}; {_CURE[weight.part]}") from error
+        for name, tensor in named:
             have, want = tuple(tensor.shape), outline.shapes.get(name)
             if want is None or not _fits(name, have, want, outline.num_own_rows):
                 held = tuple(weight.held.shape)
@@ -135,44 +143,51 @@ def check_fits(origin: Origin, model: ModelSpec, outline: Outline) -> None:
 def lay_found(llava: Any, origin: Origin, model: ModelSpec) -> None:
     """Make a start's weights the float model's own; ValueError when its files changed."""
     found = open_origin(origin)
+    kinds = None if found.translated else words_of(model)
     start = Path(origin.path).absolute()
     there = {part for part in ("llm", "vision") if Path(getattr(model, part)).absolute() == start}  # built from it
     with torch.no_grad():
         for weight in found.weights:
             if weight.part in there:
                 continue
-            for name, tensor in _canonical(weight, weight.held.read(), found, model):
+            for name, tensor in translated(weight, weight.held.read(), kinds):
                 parameter = llava.get_parameter(name)
-                rows = min(len(tensor), llava.num_own_rows) if name in _TABLES else len(parameter)
+                rows = min(len(tensor), llava.num_own_rows) if name in TABLES else len(parameter)
                 if weight.adds:
                     parameter[:rows] += tensor[:rows].to(parameter.dtype)
                 else:
                     parameter[:rows] = tensor[:rows].to(parameter.dtype)
 
 
-def _canonical(weight: Weight, tensor: Tensor, found: Found, model: ModelSpec) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a weight, or a tensor of its shape, becomes in transformers' class for the model's parts."""
-    named = [(weight.name, tensor)]
-    if weight.part != "projector" and not found.translated:
-        if weight.part == "llm":
-            config = read_llm_config(Path(model.llm), family=model.family)
-        else:
-            config = read_tower_config(Path(model.vision))
-        remap = REMAPS.get(config["model_type"])
-        if remap:
-            try:
-                named = list(remap.tensor(weight.name, tensor, config))
-            except RuntimeError as error:  # torch cannot take apart what has another width
-                raise ValueError(
-                    f"init_from={found.files[0]}: {weight.said} {tuple(tensor.shape)} cannot be taken apart as "
-                    f"{config['model_type']} says; {_CURE[weight.part]}"
-                ) from error
+def words_of(model: ModelSpec) -> Words:
+    """Return what config.json says of each part of a model."""
+    return {
+        "llm": read_llm_config(Path(model.llm), family=model.family),
+        "vision": read_tower_config(Path(model.vision)),
+    }
+
+
+def translated(weight: Weight, tensor: Tensor, words: Words | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a weight, or a tensor of its shape, becomes in transformers' class, under its canonical names.
+
+    `words` are those of the parts' config.json, None for a checkpoint whose names are translated already. Raises
+    ValueError for a tensor that cannot be taken apart.
+    """
+    named: Iterable[tuple[str, Tensor]] = [(weight.name, tensor)]
+    config = words.get(weight.part) if words else None
+    if config and (remap := REMAPS.get(config["model_type"])):
+        try:
+            named = list(remap.tensor(weight.name, tensor, config))
+        except RuntimeError as error:  # torch cannot take apart what has another width
+            raise ValueError(
+                f"{weight.said} {tuple(tensor.shape)} cannot be taken apart as {config['model_type']} says"
+            ) from error
     for name, each in named:
         yield in_whole(weight.part, name), each
 
 
 def _fits(name: str, have: tuple[int, ...], want: tuple[int, ...], num_own_rows: int) -> bool:
-    if name not in _TABLES:
+    if name not in TABLES:
         return have == want
     # Others pad the rows too, or add up to three tokens to them.
     most = max(-(-(num_own_rows + 3) // 64) * 64, want[0])

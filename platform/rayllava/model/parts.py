@@ -53,9 +53,15 @@ def llm_config(folder: Path, *, family: str) -> Any:
     words = read_llm_config(folder, family=family)
     if is_whole(folder):
         return LAYOUTS["hf"].read(folder).config.text_config
+    return llm_config_of(words)
+
+
+def llm_config_of(words: dict[str, Any]) -> Any:
+    """Return transformers' config of a language model whose config.json says `words`."""
     if remap := REMAPS.get(words["model_type"]):
         return getattr(transformers, remap.to).config_class(**remap.config(words))
-    return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kind = transformers.CONFIG_MAPPING[words["model_type"]]
+    return kind.from_dict(words)
 
 
 def tower_config(folder: Path, *, size: int | None = None) -> Any:
@@ -123,11 +129,11 @@ def _resize(tower: Any, size: int) -> None:
     for name in ("position_embedding.weight", "position_embeddings"):  # CLIP and SigLIP; InternVL
         if name in state:
             wanted = new.state_dict()[name].shape
-            state[name] = _interpolated(state[name].reshape(-1, wanted[-1]), wanted[-2]).reshape(wanted)
+            state[name] = interpolated(state[name].reshape(-1, wanted[-1]), wanted[-2]).reshape(wanted)
     new.load_state_dict(state)
 
 
-def _interpolated(table: Tensor, num: int) -> Tensor:
+def interpolated(table: Tensor, num: int) -> Tensor:
     """Return (num, C) position embeddings of another square grid; a class token's, in front, stays as it is."""
     has_class = int(math.isqrt(len(table)) ** 2 != len(table))
     head, grid = table[:has_class], table[has_class:]

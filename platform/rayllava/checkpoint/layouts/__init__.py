@@ -11,22 +11,19 @@ part by part, since what they become depends on the language model and tower tha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 from rayllava.checkpoint.manifest import ModelManifest
-from rayllava.checkpoint.weights import Held, open_weights
+from rayllava.checkpoint.weights import Computed, Held, open_weights
 from rayllava.recipe import ProcessorSpec
 from rayllava.shelf import Shelf
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-Tensors = Callable[[], "Iterable[tuple[str, Tensor]]"]
-"""Streams (canonical name, tensor), every name once, one tensor in memory at a time; may be called again."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,8 @@ class StoredModel:
 
     config: Any
     """transformers' LlavaConfig; its vocabulary is as large as the tensors say."""
-    tensors: Tensors
+    weights: Mapping[str, Held]
+    """By canonical name; read, or computed, when they are asked for."""
     tokenizer_dir: Path
     """A folder that transformers reads a tokenizer from."""
     dtype: torch.dtype
@@ -44,16 +42,27 @@ class StoredModel:
     @classmethod
     def of(cls, llava: Any, tokenizer_dir: Path) -> StoredModel:
         """Return a model in memory as if it were stored; its weights are float, not quantized."""
-        return cls(llava.config, lambda: llava.state_dict().items(), tokenizer_dir, llava.lm_head.weight.dtype)
+        weights = {name: _in_memory(tensor) for name, tensor in llava.state_dict().items()}
+        return cls(llava.config, weights, tokenizer_dir, llava.lm_head.weight.dtype)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (canonical name, tensor), one of them in memory at a time."""
+        return ((name, held.read()) for name, held in self.weights.items())
 
     def cast(self, dtype: torch.dtype) -> StoredModel:
         """Return the model with its floating point tensors in `dtype`."""
-        stream = self.tensors
+        weights = {name: _cast(held, dtype) for name, held in self.weights.items()}
+        return dataclasses.replace(self, weights=weights, dtype=dtype)
 
-        def tensors() -> Iterable[tuple[str, Tensor]]:
-            return ((n, t.to(dtype) if t.is_floating_point() else t) for n, t in stream())
 
-        return dataclasses.replace(self, tensors=tensors, dtype=dtype)
+def _in_memory(tensor: Tensor) -> Held:
+    return Computed(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def _cast(held: Held, dtype: torch.dtype) -> Held:
+    if not held.dtype.is_floating_point:
+        return held
+    return Computed(held.shape, dtype, lambda: held.read().to(dtype))
 
 
 Part = Literal["llm", "vision", "projector"]
@@ -92,6 +101,26 @@ class Found:
     rayllava.checkpoint.remap."""
 
 
+@dataclass(frozen=True)
+class Own:
+    """What a checkpoint says of its model's parts, beside their weights."""
+
+    llm: Path | None = None
+    """A folder with the tokenizer of a language model that it holds whole."""
+    words: dict[str, Any] | None = None
+    """What config.json says of that language model, in the terms of its own class."""
+    vision: Path | None = None
+    """A folder with config.json and preprocessor_config.json of a tower that it holds whole."""
+    tower: str = ""
+    """What it calls the tower that it was trained with: a folder, or a hub id."""
+    layer: int = -2
+    """Hidden state of the tower that the projector takes."""
+    select: Literal["default", "full"] = "default"
+    """Whether the class token is left out, or taken along."""
+    aspect: Literal["pad", "crop"] = "pad"
+    """What happens to pictures that are not square."""
+
+
 class Open(Protocol):
     """Find the weights that a checkpoint holds, none of them read yet; ValueError naming `field` when it has none."""
 
@@ -117,8 +146,12 @@ class Describe(Protocol):
 
 def cannot_read(folder: Path) -> NoReturn:
     raise ValueError(
-        f"{folder} cannot be read as a whole model yet: only its weights, as init_from of a training run"
+        f"{folder} is no whole model by itself; make one with jobs/convert.py {folder} DST --to hf template=NAME"
     )
+
+
+def says_nothing(path: Path) -> Own:
+    return Own()
 
 
 def cannot_write(folder: Path, stored: StoredModel, manifest: ModelManifest) -> NoReturn:
@@ -136,7 +169,9 @@ class Layout:
     detect: Callable[[Path], bool]
     """Whether a folder, or a file, has this layout, judged by content, never by name."""
     open: Open
+    own: Callable[[Path], Own] = says_nothing
     read: Callable[[Path], StoredModel] = cannot_read
+    """Only where a folder is a whole model; others are put together of parts, see rayllava.model.compose."""
     write: Write = cannot_write
     describe: Describe = cannot_describe
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayllava.checkpoint.weights import Held, open_weights, read_config
+from rayllava.checkpoint.weights import Computed, Held, open_weights, read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,20 +42,6 @@ class Scale:
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-@dataclass(frozen=True, slots=True)
-class _Product:
-    down: Held
-    up: Held
-    scale: Scale
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.up.shape[0], self.down.shape[1]
-
-    def read(self) -> Tensor:
-        return self.scale.at(self.down.shape[0]) * (self.up.read().float() @ self.down.read().float())
-
-
 def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
@@ -74,7 +60,16 @@ def products(held: Mapping[str, Held], scale: Scale, *, said: str) -> Iterator[t
     for name, pair in pairs.items():
         if pair.keys() != {"A", "B"} or not pair["A"][1].shape[0] == pair["B"][1].shape[1] > 0:
             raise ValueError(f"{said} holds one half of the adapter on {name[:120]!a}, or two that do not fit")
-        yield f"{name}.weight", pair["A"][0], _Product(pair["A"][1], pair["B"][1], scale)
+        yield f"{name}.weight", pair["A"][0], _product(pair["A"][1], pair["B"][1], scale)
+
+
+def _product(down: Held, up: Held, scale: Scale) -> Held:
+    import torch
+
+    def make() -> Tensor:
+        return scale.at(down.shape[0]) * (up.read().float() @ down.read().float())
+
+    return Computed((up.shape[0], down.shape[1]), torch.float32, make)
 
 
 def read_adapter(folder: Path) -> tuple[list[Path], list[tuple[str, str, Held]]]:

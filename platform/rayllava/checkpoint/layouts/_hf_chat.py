@@ -81,10 +81,13 @@ TEMPLATES = {
 }
 
 
-def chat_template(name: str, *, bos_token: str) -> str | None:
-    """Return the template, beginning with `bos_token`; None when nobody has written it in jinja."""
+def chat_template(name: str, *, bos_token: str, gap: str = "") -> str | None:
+    """Return the template, beginning with `bos_token`; None when nobody has written it in jinja.
+
+    `gap` stands between a picture and the line break after it.
+    """
     words = TEMPLATES.get(name)
     if words is None:
         return None
     begin = f"{{{{- {_quoted(bos_token)} -}}}}" if bos_token else ""
-    return begin + _SAID + words
+    return begin + _SAID.replace("<image>", f"<image>{gap}") + words

@@ -60,7 +60,7 @@ def write_prompt(folder: Path, stored: StoredModel, spec: ProcessorSpec) -> None
             "pad_token_id": spec.pad_token_id,
         },
     )
-    words = chat_template(spec.template, bos_token=_bos_to_write(folder, spec))
+    words = chat_template(spec.template, bos_token=_bos_to_write(folder, spec), gap=_gap(folder, image_token))
     if words is None:
         log.warning("%s has no chat template: jinja has no words for %s yet", folder.name, spec.template)
         return
@@ -189,3 +189,21 @@ def _side(size: int | list[int] | tuple[int, int]) -> int:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _gap(folder: Path, image_token: str) -> str:
+    """Return what makes plain transformers read the words after a picture as the beginning of a text.
+
+    That is how LLaVA and XTuner trained, piece by piece. SentencePiece marks the beginning of a text by a space, and
+    Llama's newer tokenizers only at the very front; then a space after the picture gives the same ids.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    after = "\nWhat"
+    alone = tokenizer(after, add_special_tokens=False)["input_ids"]
+    for gap in ("", " "):
+        if tokenizer(image_token + gap + after, add_special_tokens=False)["input_ids"][1:] == alone:
+            return gap
+    log.warning("%s: no words make plain transformers read the text after a picture as it was trained", folder.name)
+    return ""

@@ -61,8 +61,7 @@ def read(folder: Path) -> StoredModel:
     config: Any = LlavaConfig.from_pretrained(folder)
     # transformers 4.37's converter wrote a vocabulary 64 larger than the tensors.
     config.text_config.vocab_size = held[_EMBED].shape[0]
-    dtype = held[_EMBED].read().dtype
-    return StoredModel(config, lambda: ((n, t.read()) for n, t in held.items()), tokenizer_dir=folder, dtype=dtype)
+    return StoredModel(config, held, tokenizer_dir=folder, dtype=held[_EMBED].dtype)
 
 
 def find(path: Path, *, field: str = "MODEL") -> Found:

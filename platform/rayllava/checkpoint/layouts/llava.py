@@ -14,18 +14,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
-from rayllava.checkpoint.layouts import Found, Layout, Weight
+from rayllava.checkpoint.layouts import Found, Layout, Own, Weight
 from rayllava.checkpoint.layouts._adapters import read_adapter
 from rayllava.checkpoint.layouts._hf_names import COMPUTED
 from rayllava.checkpoint.layouts._projector import projector_name
-from rayllava.checkpoint.weights import Held, open_weights, read_config, weight_files
+from rayllava.checkpoint.weights import Held, has_weights, open_weights, read_config, weight_files
 
 log = logging.getLogger(__name__)
 
 _PROJECTOR = "mm_projector.bin"
 _TRAINED = "non_lora_trainables.bin"
 _TOWER = "vision_tower.vision_tower."
+
+_ASPECTS: dict[str, Literal["pad", "crop"]] = {"pad": "pad", "square": "crop"}
+_SELECTS: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
+"""LLaVA's words, and ours. It pads in stage 2 and when a model is asked."""
 
 
 def detect(path: Path) -> bool:
@@ -50,6 +55,26 @@ def find(path: Path, *, field: str = "MODEL") -> Found:
     tower = bool(read_config(path).get("unfreeze_mm_vision_tower"))
     weights = [weight for file in files for weight in _weights(open_weights(file), tower=tower)]
     return Found((path / "config.json", *files), tuple(weights))
+
+
+def own(path: Path) -> Own:
+    """Return what config.json says: how the tower is used, and the language model unless only adapters are there."""
+    folder = path if path.is_dir() else path.parent
+    config = read_config(folder)
+    aspect, select = config.get("image_aspect_ratio", "square"), config.get("mm_vision_select_feature", "patch")
+    if aspect not in _ASPECTS or select not in _SELECTS:
+        said = f"image_aspect_ratio={aspect}, mm_vision_select_feature={select}"
+        raise ValueError(f"{folder} was trained with {said}, which is not done here; a model of LLaVA 1.5 is wanted")
+    whole = path.is_dir() and has_weights(path)
+    words = {key: value for key, value in config.items() if not key.startswith(("mm_", "image_", "tokenizer_"))}
+    return Own(
+        llm=path if whole else None,
+        words=words | {"model_type": "llama"} if whole else None,
+        tower=config.get("mm_vision_tower") or "",
+        layer=config.get("mm_vision_select_layer", -2),
+        select=_SELECTS[select],
+        aspect=_ASPECTS[aspect],
+    )
 
 
 def _weights(held: dict[str, Held], *, tower: bool) -> Iterator[Weight]:
@@ -79,4 +104,4 @@ def _names(path: Path) -> list[str]:
         return []
 
 
-PLUG = Layout(detect=detect, open=find)
+PLUG = Layout(detect=detect, open=find, own=own)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rayllava.checkpoint.layouts import Found, Layout, Part, Weight
+from rayllava.checkpoint.layouts import Found, Layout, Own, Part, Weight
 from rayllava.checkpoint.layouts._adapters import Scale, is_adapter, products, read_adapter
 from rayllava.checkpoint.layouts._hf_names import COMPUTED
 from rayllava.checkpoint.layouts._projector import projector_name
@@ -69,6 +69,17 @@ def find(path: Path, *, field: str = "MODEL") -> Found:
     fold(path / "llm_adapter", "llm")
     fold(path / "visual_encoder_adapter", "vision")
     return Found(tuple(files), tuple(weights))
+
+
+def own(path: Path) -> Own:
+    """Return what a folder says of the parts that were trained as a whole; a .pth says nothing."""
+    vision = path / "visual_encoder"
+    whole = has_weights(path) and not _is_projector(path)
+    return Own(
+        llm=path if whole else None,
+        words=read_config(path) if whole else None,
+        vision=vision if vision.is_dir() else None,
+    )
 
 
 def _of_training(path: Path) -> Iterator[Weight]:
@@ -134,4 +145,4 @@ def _is_sharded(folder: Path) -> bool:
     return any(folder.glob("*mp_rank_00_model_states.pt"))
 
 
-PLUG = Layout(detect=detect, open=find)
+PLUG = Layout(detect=detect, open=find, own=own)

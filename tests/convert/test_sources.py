@@ -1,0 +1,167 @@
+"""Checkpoints of LLaVA and XTuner become Hugging Face folders that compute what their own projects computed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rayllava.checkpoint.layouts import LAYOUTS, detect
+from rayllava.checkpoint.manifest import read_model_manifest
+from rayllava.convert.run import ConvertSpec, convert
+from rayllava.model.restore import restore
+from tests.convert.test_convert import job
+
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+class Source(NamedTuple):
+    """A checkpoint, what it takes to read it, and where its logits stand in golden.npz."""
+
+    path: str
+    layout: str
+    template: str
+    base: bool
+    tower: bool
+    golden: str
+    """How the names of its logits begin there."""
+    cases: int
+    """How many there are: with a picture, with two, with none."""
+    bound: float = 1e-4
+
+
+SOURCES = {
+    "llava whole": Source("llava_v15/whole", "llava", "vicuna_v1", False, True, "whole_", 3),
+    "llava tuned": Source("llava_v15/tuned", "llava", "vicuna_v1", False, True, "tuned_", 3),
+    "llava projector": Source("llava_v15/pretrain", "llava", "vicuna_v1", True, True, "pretrain_", 1),
+    # LLaVA's own model with and without its adapters merged differs as much.
+    "llava lora": Source("llava_v15/lora", "llava", "vicuna_v1", True, True, "lora_", 1, 1.4e-4),
+    "xtuner adapters": Source("xtuner_internlm2/folder", "xtuner", "internlm2_chat", True, True, "folder_", 2),
+    "xtuner pth of adapters": Source("xtuner_internlm2/iter_4.pth", "xtuner", "internlm2_chat", True, True, "", 2),
+    "xtuner pth": Source("xtuner_llama3/iter_4.pth", "xtuner", "llama3_chat", True, True, "", 2),
+    "xtuner whole": Source("xtuner_phi3/folder", "xtuner", "phi3_chat", False, False, "folder_", 2),
+}
+
+
+def asked(source: Source, **more: Any) -> ConvertSpec:
+    parts = (ASSETS / source.path).parent
+    given = {"base": str(parts / "llm")} if source.base else {}
+    given |= {"vision_tower": str(parts / "vision")} if source.tower else {}
+    return ConvertSpec(template=source.template, **given, **more)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_logits_are_those_of_the_project_that_wrote_it(name: str, tmp_path: Path) -> None:
+    source = SOURCES[name]
+    path = ASSETS / source.path
+    assert detect(path) == source.layout
+    proof = convert(path, tmp_path / "hf", to="hf", spec=asked(source, dtype="float32"))
+    assert proof["proved"] and proof["bit_equal"] and proof["from"] == source.layout, proof
+    spec = read_model_manifest(tmp_path / "hf").processor
+    model = restore(LAYOUTS["hf"].read(tmp_path / "hf"), dtype=torch.float32)
+    with np.load(path.parent / "golden.npz") as file:
+        want = dict(file)
+    if path.parent.name == "llava_v15":
+        with np.load(path.parent / "pixels.npz") as file:
+            want["two_pixel_values"] = file["two_pixel_values"]
+    cases = [("", 16), ("two_", 8), ("text_", 8)]
+    cases = [case for case in cases if f"{source.golden}{case[0]}logits_last{case[1]}" in want]
+    assert len(cases) == source.cases
+    for case, last in cases:
+        logits = want[f"{source.golden}{case}logits_last{last}"]
+        runs = [
+            [spec.image_token_id] * spec.num_image_tokens if i == -200 else [i] for i in want[f"{case}input_ids"][0]
+        ]
+        pixels = None if case == "text_" else torch.from_numpy(want[f"{case}pixel_values"])
+        with torch.inference_mode():
+            seen = model(input_ids=torch.tensor([[id_ for run in runs for id_ in run]]), pixel_values=pixels).logits
+        got = seen[:, -last:, : logits.shape[-1]].numpy()
+        assert np.abs(got - logits).max() <= source.bound, case or "one picture"
+
+
+@pytest.mark.parametrize("name", ["llava lora", "xtuner pth", "xtuner whole"])
+def test_tensors_keep_their_types(name: str, tmp_path: Path) -> None:
+    source = SOURCES[name]
+    proof = convert(ASSETS / source.path, tmp_path / "hf", to="hf", spec=asked(source))
+    assert proof["proved"] and proof["bit_equal"], proof
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    llm = {tensor.dtype for key, tensor in written.items() if key.startswith("language_model.")}
+    rest = {tensor.dtype for key, tensor in written.items() if key.startswith("multi_modal_projector.")}
+    wanted = {"xtuner pth": (torch.float32, torch.float32), "xtuner whole": (torch.float16, torch.float32)}
+    assert (llm, rest) == tuple({each} for each in wanted.get(name, (torch.float16, torch.float16)))
+
+
+def test_added_rows_are_the_mean_of_the_old_ones(tmp_path: Path) -> None:
+    source = SOURCES["llava whole"]
+    convert(ASSETS / source.path, tmp_path / "hf", to="hf", spec=asked(source))
+    table = load_file(tmp_path / "hf" / "model.safetensors")["language_model.model.embed_tokens.weight"]
+    own = load_file(ASSETS / source.path / "model.safetensors")["model.embed_tokens.weight"]
+    assert len(table) == 576 and torch.equal(table[:512], own)
+    assert torch.equal(table[512:], own.float().mean(0).half().expand(64, -1))
+
+
+def test_a_smaller_tower_is_fitted_to_larger_pictures(tmp_path: Path) -> None:
+    source = SOURCES["llava projector"]
+    parts = (ASSETS / source.path).parent
+    vision = shutil.copytree(parts / "vision", tmp_path / "vision")
+    said = json.loads((vision / "preprocessor_config.json").read_text())
+    said |= {"size": {"shortest_edge": 84}, "crop_size": {"height": 84, "width": 84}}
+    (vision / "preprocessor_config.json").write_text(json.dumps(said))
+    spec = asked(source).but(vision_tower=str(vision))
+    proof = convert(ASSETS / source.path, tmp_path / "hf", to="hf", spec=spec)
+    assert proof["proved"], proof
+    assert read_model_manifest(tmp_path / "hf").processor.num_image_tokens == 36
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    grid = written["vision_tower.vision_model.embeddings.position_embedding.weight"]
+    old = load_file(vision / "model.safetensors")
+    table = next(tensor for key, tensor in old.items() if key.endswith("position_embedding.weight"))
+    assert grid.shape[0] == 37 and torch.equal(grid[0], table[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("llava lora", {"base": ""}, "holds no language model of its own; add --base DIR"),
+        ("llava whole", {"base": "x"}, "holds its language model whole; leave --base out"),
+        ("xtuner whole", {"vision_tower": "x"}, "holds its vision tower whole; leave --vision-tower out"),
+        ("xtuner pth", {"vision_tower": ""}, "does not name its vision tower; add --vision-tower DIR"),
+        ("llava whole", {"vision_tower": ""}, "names a vision tower that is not here: --vision-tower=clip-vit-tiny"),
+        ("llava lora", {"base": "/none"}, "--base=/none has no config.json; give a folder that holds a model"),
+        ("llava lora", {"template": None}, "does not say how its model is asked; add template=NAME"),
+        (
+            "llava lora",
+            {"base": "xtuner_llama3"},
+            r"SRC=.*lora: .* adds \(64, 128\) to \(48, 128\); give as --base the language model",
+        ),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_written(
+    name: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    source = SOURCES[name]
+    if changes.get("base") == "xtuner_llama3":  # another language model than it was trained from
+        llm = shutil.copytree(ASSETS / "xtuner_llama3" / "llm", tmp_path / "llm")
+        trained = load_file(ASSETS / "xtuner_llama3" / "trained.safetensors")
+        save_file(
+            {k.removeprefix("llm."): t for k, t in trained.items() if k.startswith("llm.")}, llm / "model.safetensors"
+        )
+        changes = {"base": str(llm)}
+    with pytest.raises(ValueError, match=said):
+        convert(ASSETS / source.path, tmp_path / "out", to="hf", spec=asked(source).but(**changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_job_takes_parts_by_flags(tmp_path: Path) -> None:
+    parts = ASSETS / "llava_v15"
+    flags = ["--base", str(parts / "llm"), "--vision-tower", str(parts / "vision")]
+    done = job(
+        "jobs/convert.py", str(parts / "lora"), str(tmp_path / "hf"), "--to", "hf", *flags, "template=vicuna_v1"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "proved in" in done.stdout
