@@ -165,6 +165,15 @@ def test_a_server_ends_with_its_raylet(folder: Path) -> None:
     assert not [path for path in folder.rglob("*") if path.is_socket()]
 
 
+def test_what_a_raylet_that_is_gone_has_left_is_removed(folder: Path) -> None:
+    told(start(folder, TELL))
+    forks = folder / f"rayllava-{os.getuid()}" / "forks"
+    for name in ("4194305-0.log", "4194305-0.never"):  # a higher number than any process has
+        (forks / name).touch()
+    told(start(folder, TELL, imports="colorsys,wave"))  # a second server
+    assert len(list(forks.glob("*.log"))) == 2 and not list(forks.glob("4194305-*"))
+
+
 @pytest.mark.parametrize("kind", ["file", "link"])
 def test_a_client_that_finds_no_server_is_the_worker_itself(kind: str, folder: Path) -> None:
     below = folder / f"rayllava-{os.getuid()}"  # servers listen there, were it a folder, and nobody else's

@@ -30,10 +30,18 @@ _IDLE_S = 300.0
 
 def main(place: Path, *, raylet: int) -> None:
     """Serve a raylet's clients, unless somebody does already; returns at the end, and in every child at its own."""
+    _tidy(place.parent)
     with _alone(place) as alone:
         child = _Server(place, raylet=raylet).run() if alone else None
     if child:
         child()
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what the servers of raylets that are gone have left: logs, and words that nothing is forked there."""
+    for path in folder.iterdir():
+        if not Path("/proc", path.name.partition("-")[0]).exists():
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
