@@ -2,10 +2,9 @@
 
   python jobs/convert.py runs/finetune/export runs/finetune-hf --to hf
   python jobs/convert.py llava-1.5-7b-hf runs/llava-1.5-7b --to hf template=vicuna_v1 aspect=pad
-
   python jobs/convert.py llava-v1.5-7b runs/llava --to hf template=vicuna_v1 --vision-tower clip-vit-large-patch14-336
-  python jobs/convert.py iter_5198.pth runs/mine --to hf template=internlm2_chat --base internlm2-chat-7b \
-    --vision-tower clip-vit-large-patch14-336
+  python jobs/convert.py iter_5198.pth runs/mine --to hf template=internlm2_chat \\
+    --base internlm/internlm2-chat-7b --vision-tower openai/clip-vit-large-patch14-336
 
 SRC is RUN, RUN/export, a Hugging Face LLaVA folder, a folder of LLaVA's own (whole, adapters, or a projector alone),
 a folder of XTuner's, or its training checkpoint; its layout is found by looking inside. Adapters are merged. Nothing
@@ -28,8 +27,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("src", metavar="SRC", help="folder of the model")
     parser.add_argument("dst", metavar="DST", help="folder to make")
     parser.add_argument("--to", metavar="LAYOUT", required=True, help="hf")
-    parser.add_argument("--base", metavar="DIR", default="", help="language model that SRC was trained from")
-    parser.add_argument("--vision-tower", metavar="DIR", default="", help="vision tower that SRC was trained with")
+    parser.add_argument(
+        "--base", metavar="DIR", default="", help="language model that SRC was trained from, a folder or a hub id"
+    )
+    parser.add_argument(
+        "--vision-tower",
+        metavar="DIR",
+        default="",
+        help="vision tower that SRC was trained with, a folder or a hub id",
+    )
     parser.add_argument("fields", nargs="*", metavar="field=value", help="template=vicuna_v1 ...")
     words = parser.parse_intermixed_args(argv)
 

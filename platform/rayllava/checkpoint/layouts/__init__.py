@@ -170,6 +170,7 @@ class Layout:
     """Whether a folder, or a file, has this layout, judged by content, never by name."""
     open: Open
     own: Callable[[Path], Own] = says_nothing
+    """What a checkpoint says of its parts."""
     read: Callable[[Path], StoredModel] = cannot_read
     """Only where a folder is a whole model; others are put together of parts, see rayllava.model.compose."""
     write: Write = cannot_write
