@@ -39,7 +39,7 @@ def build(model: ModelSpec, processor: ProcessorSpec, *, seed: int) -> Any:
     llm = language_model(resolve.folder(model.llm), family=model.family)
     tower = vision_tower(resolve.folder(model.vision), size=processor.image_size)
     num_own = llm.get_input_embeddings().weight.shape[0]
-    rows = rows_of(processor)
+    rows = _rows(processor)
     if rows > num_own:
         torch.manual_seed(seed)
         llm.resize_token_embeddings(rows, pad_to_multiple_of=64)
@@ -57,8 +57,7 @@ def outline(model: ModelSpec, processor: ProcessorSpec) -> Outline:
     llm = llm_config(Path(model.llm), family=model.family)
     tower = tower_config(Path(model.vision), size=processor.image_size)
     num_own = llm.vocab_size
-    if rows_of(processor) > num_own:
-        llm.vocab_size = -(-rows_of(processor) // 64) * 64
+    llm.vocab_size = padded_rows(processor, num_own)
     llava = empty(model, processor, llm, tower)
     shapes = {name: tuple(tensor.shape) for name, tensor in llava.state_dict().items()}
     return Outline(shapes, num_own, llm.tie_word_embeddings)
@@ -69,9 +68,15 @@ def check_start(origin: Origin, model: ModelSpec, processor: ProcessorSpec) -> N
     check_fits(origin, model, outline(model, processor))
 
 
-def rows_of(processor: ProcessorSpec) -> int:
+def _rows(processor: ProcessorSpec) -> int:
     """Return how many rows the tables need at least."""
     return max(processor.image_token_id, processor.pad_token_id) + 1
+
+
+def padded_rows(processor: ProcessorSpec, num_own: int) -> int:
+    """Return how many rows the tables of a language model with `num_own` rows have in a LLaVA."""
+    rows = _rows(processor)
+    return num_own if rows <= num_own else -(-rows // 64) * 64
 
 
 def empty(model: ModelSpec, processor: ProcessorSpec, llm: Any, tower: Any) -> Any:

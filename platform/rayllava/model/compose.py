@@ -16,9 +16,9 @@ from torch import Tensor
 from rayllava.checkpoint.layouts import LAYOUTS, Found, Own, Part, StoredModel, Weight, part_of
 from rayllava.checkpoint.parts import is_whole, read_llm_config, read_tower_config
 from rayllava.checkpoint.weights import Computed, Held, open_weights, weight_files
-from rayllava.model.build import empty, rows_of
+from rayllava.model.build import empty, padded_rows
 from rayllava.model.foreign import TABLES, Words, translated
-from rayllava.model.parts import interpolated, llm_config_of, tower_config
+from rayllava.model.parts import POSITIONS, interpolated, llm_config_of, tower_config
 from rayllava.recipe import ModelSpec, ProcessorSpec
 
 Shapes = dict[str, tuple[int, ...]]
@@ -29,8 +29,6 @@ _CURES: dict[Part, str] = {
     "vision": "give as --vision-tower the tower that it was trained with",
     "projector": "a projector of two layers is wanted, made for this language model and tower",
 }
-_POSITIONS = ("position_embedding.weight", "position_embeddings")
-"""How the names of a tower's positions end: CLIP's and SigLIP's, InternVL's."""
 
 
 def compose(
@@ -53,8 +51,7 @@ def compose(
     kinds: Words = {"llm": words, "vision": read_tower_config(vision)}
     text = llm_config_of(words)
     num_own = text.vocab_size
-    if rows_of(processor) > num_own:
-        text.vocab_size = -(-rows_of(processor) // 64) * 64
+    text.vocab_size = padded_rows(processor, num_own)
     llava = empty(model, processor, text, tower_config(vision, size=processor.image_size))
     shapes = {name: tuple(tensor.shape) for name, tensor in llava.state_dict().items()}
     whole = {weight.part for weight in found.weights if not weight.adds}
@@ -107,7 +104,7 @@ def _settle(weights: dict[str, Held], shapes: Shapes, *, num_own: int, tied: boo
         held = weights[name]
         if name in TABLES and held.shape[0] >= num_own and held.shape[1:] == shape[1:]:
             weights[name] = held = _extended(held, num_own, shape[0])
-        elif name.endswith(_POSITIONS) and held.shape != shape and held.shape[-1] == shape[-1]:
+        elif name.endswith(POSITIONS) and held.shape != shape and held.shape[-1] == shape[-1]:
             weights[name] = held = _fitted(held, shape)
         if held.shape != shape:
             raise ValueError(f"{said}: {name} is {held.shape}, the model has {shape}; {_CURES[part_of(name)[0]]}")

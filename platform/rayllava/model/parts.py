@@ -24,6 +24,9 @@ from rayllava.checkpoint.parts import TOWERS, is_whole, read_llm_config, read_to
 from rayllava.checkpoint.remap import REMAPS, remapped
 from rayllava.checkpoint.weights import stream, weight_files
 
+POSITIONS = ("position_embedding.weight", "position_embeddings")
+"""How the names of a tower's positions end: CLIP's and SigLIP's, InternVL's."""
+
 
 def language_model(folder: Path, *, family: str) -> Any:
     """Return the language model in a folder, its head included.
@@ -126,7 +129,7 @@ def _resize(tower: Any, size: int) -> None:
     config.image_size = type(config.image_size)((size, size)) if square else size
     tower.embeddings = new = type(old)(config)
     state = old.state_dict()
-    for name in ("position_embedding.weight", "position_embeddings"):  # CLIP and SigLIP; InternVL
+    for name in POSITIONS:
         if name in state:
             wanted = new.state_dict()[name].shape
             state[name] = interpolated(state[name].reshape(-1, wanted[-1]), wanted[-2]).reshape(wanted)

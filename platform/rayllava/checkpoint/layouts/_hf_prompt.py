@@ -39,6 +39,8 @@ _TOKENIZER_FILES = (
 
 def write_prompt(folder: Path, stored: StoredModel, spec: ProcessorSpec) -> None:
     """Write everything but weights and config.json."""
+    from transformers import AutoTokenizer
+
     image_token = _write_tokenizer(stored.tokenizer_dir, folder, spec)
     config = stored.config
     durable.write_json(
@@ -60,7 +62,9 @@ def write_prompt(folder: Path, stored: StoredModel, spec: ProcessorSpec) -> None
             "pad_token_id": spec.pad_token_id,
         },
     )
-    words = chat_template(spec.template, bos_token=_bos_to_write(folder, spec), gap=_gap(folder, image_token))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bos_token, gap = _bos_to_write(tokenizer, spec), _gap(tokenizer, image_token)
+    words = chat_template(spec.template, bos_token=bos_token, gap=gap)
     if words is None:
         log.warning("%s has no chat template: jinja has no words for %s yet", folder.name, spec.template)
         return
@@ -168,13 +172,10 @@ def _added(content: str) -> dict[str, Any]:
     return {"content": content, "special": True} | flags
 
 
-def _bos_to_write(folder: Path, spec: ProcessorSpec) -> str:
+def _bos_to_write(tokenizer: Any, spec: ProcessorSpec) -> str:
     """Return the begin token when the tokenizer does not put it there by itself."""
-    from transformers import AutoTokenizer
-
     if spec.bos_token_id is None:
         return ""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     adds = tokenizer("a")["input_ids"][0] == spec.bos_token_id
     return "" if adds else tokenizer.convert_ids_to_tokens(spec.bos_token_id)
 
@@ -191,19 +192,16 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _gap(folder: Path, image_token: str) -> str:
+def _gap(tokenizer: Any, image_token: str) -> str:
     """Return what makes plain transformers read the words after a picture as the beginning of a text.
 
     That is how LLaVA and XTuner trained, piece by piece. SentencePiece marks the beginning of a text by a space, and
     Llama's newer tokenizers only at the very front; then a space after the picture gives the same ids.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     after = "\nWhat"
     alone = tokenizer(after, add_special_tokens=False)["input_ids"]
     for gap in ("", " "):
         if tokenizer(image_token + gap + after, add_special_tokens=False)["input_ids"][1:] == alone:
             return gap
-    log.warning("%s: no words make plain transformers read the text after a picture as it was trained", folder.name)
+    log.warning("no words make plain transformers read the text after a picture as it was trained")
     return ""
