@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_AUTH_MODE ?= disabled
 
 .PHONY: install quickstart test test-slow check format serve
-.PHONY: bench-data bench-train bench-checkpoint bench-spot
+.PHONY: bench-data bench-train bench-checkpoint bench-spot bench-convert
 
 install: .venv/installed
 
@@ -43,6 +43,9 @@ bench-train: install
 
 bench-checkpoint: install
 	$(BIN)/python benchmarks/checkpoint.py
+
+bench-convert: install
+	$(BIN)/python benchmarks/convert.py
 
 bench-spot: install
 	$(BIN)/python benchmarks/spot.py --trace mixed

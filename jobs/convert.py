@@ -1,17 +1,18 @@
 """Convert a model to another project's layout and prove that it is the same model.
 
   python jobs/convert.py runs/finetune/export runs/finetune-hf --to hf
-  python jobs/convert.py llava-1.5-7b-hf runs/llava-1.5-7b --to hf template=vicuna_v1 aspect=pad
-  python jobs/convert.py llava-v1.5-7b runs/llava --to hf template=vicuna_v1 --vision-tower clip-vit-large-patch14-336
-  python jobs/convert.py iter_5198.pth runs/mine --to hf template=internlm2_chat \\
+  python jobs/convert.py llava-1.5-7b-hf runs/llava-1.5-7b --to llava template=vicuna_v1 aspect=pad
+  python jobs/convert.py llava-v1.5-7b runs/llava --to gguf --dtype q4_0 template=vicuna_v1 \\
+    --vision-tower clip-vit-large-patch14-336
+  python jobs/convert.py iter_5198.pth runs/mine --to xtuner template=internlm2_chat \\
     --base internlm/internlm2-chat-7b --vision-tower openai/clip-vit-large-patch14-336
 
 SRC is RUN, RUN/export, a Hugging Face LLaVA folder, a folder of LLaVA's own (whole, adapters, or a projector alone),
-a folder of XTuner's, or its training checkpoint; its layout is found by looking inside. Adapters are merged. Nothing
-but our manifest.json says how a model is asked: add template=NAME where there is none.
-DST/proof.json holds what was compared. The exit code is 0 only if everything agreed.
+a folder of XTuner's or its training checkpoint, or a GGUF pair (its folder, or a file of it); its layout is found by
+looking inside. Adapters are merged. Nothing but our manifest.json says how a model is asked: add template=NAME where
+there is none. DST/proof.json holds what was compared. The exit code is 0 only if everything agreed.
 
-fields: template=NAME   aspect=pad|crop   family=NAME   dtype=float32|bfloat16|float16
+fields: template=NAME   aspect=pad|crop   family=NAME
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> None:
     parser = driver.parser(__doc__ or "")
     parser.add_argument("src", metavar="SRC", help="folder of the model")
     parser.add_argument("dst", metavar="DST", help="folder to make")
-    parser.add_argument("--to", metavar="LAYOUT", required=True, help="hf")
+    parser.add_argument("--to", metavar="LAYOUT", required=True, help="hf, llava, xtuner or gguf")
     parser.add_argument(
         "--base", metavar="DIR", default="", help="language model that SRC was trained from, a folder or a hub id"
     )
@@ -36,17 +37,34 @@ def main(argv: list[str]) -> None:
         default="",
         help="vision tower that SRC was trained with, a folder or a hub id",
     )
+    parser.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        default="",
+        help="float32, float16 or bfloat16, for gguf q8_0, q5_0 or q4_0 too (default: as the tensors are)",
+    )
+    parser.add_argument("--explain", action="store_true", help="print what every tensor is made of, and stop")
+    parser.add_argument("--no-proof", action="store_true", help="write without comparing; proof.json says so")
+    parser.add_argument("--force", action="store_true", help="replace DST if it is there")
     parser.add_argument("fields", nargs="*", metavar="field=value", help="template=vicuna_v1 ...")
     words = parser.parse_intermixed_args(argv)
 
-    from rayllava.convert.run import ConvertSpec, convert
+    from rayllava.convert.run import ConvertSpec, convert, explain
     from rayllava.spec import override
 
-    spec = override(ConvertSpec(base=words.base, vision_tower=words.vision_tower), words.fields)
+    given = {"base": words.base, "vision_tower": words.vision_tower, "dtype": words.dtype}
+    spec = override(ConvertSpec(**given, proof=not words.no_proof, force=words.force), words.fields)
     if words.dry_run:
         print(json.dumps({"src": words.src, "dst": words.dst, "to": words.to} | spec.model_dump(), indent=1))
         return
+    if words.explain:
+        for row in explain(words.src, to=words.to, spec=spec):
+            print("\t".join(row))
+        return
     proof = convert(words.src, Path(words.dst), to=words.to, spec=spec)
+    if not spec.proof:
+        print(f"written in {proof['seconds']} s, not proved: {words.dst}")
+        return
     same = "bit-equal" if proof["bit_equal"] else "NOT EQUAL"
     print(f"{proof['num_tensors']} tensors, {same}, {proof['dtype']}")
     for name, diff in proof["max_abs_logit_diff"].items():

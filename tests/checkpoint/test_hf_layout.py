@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rayllava.checkpoint.layouts import LAYOUTS, StoredModel, _hf_chat, detect, hf
+from rayllava.checkpoint import shards
+from rayllava.checkpoint.layouts import LAYOUTS, StoredModel, _chat_words, detect, hf, write
 from rayllava.checkpoint.manifest import ModelManifest, export_dir, read_model_manifest
+from rayllava.durable import digest
 from rayllava.model.restore import restore
 from rayllava.prompt.chat import TEMPLATES, Round
 from tests.generate.llava import tiny_llava
@@ -79,7 +81,7 @@ def test_an_exported_folder_loads_in_plain_transformers(tmp_path: Path, tokenize
 
     made = tiny_llava()
     folder = tmp_path / "export"
-    manifest = HF.write(folder, StoredModel.of(made, tokenizer_dir), MANIFEST)
+    manifest = write("hf", folder, StoredModel.of(made, tokenizer_dir, num_own_rows=330), MANIFEST)
     model, report = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     want = made.state_dict()
@@ -90,29 +92,33 @@ def test_an_exported_folder_loads_in_plain_transformers(tmp_path: Path, tokenize
 
 
 def test_names_in_the_file_are_the_ones_every_reader_knows(tmp_path: Path, tokenizer_dir: Path) -> None:
-    HF.write(tmp_path / "export", StoredModel.of(tiny_llava(), tokenizer_dir), MANIFEST)
+    write("hf", tmp_path / "export", StoredModel.of(tiny_llava(), tokenizer_dir, num_own_rows=330), MANIFEST)
     names = set(load_file(tmp_path / "export" / "model.safetensors"))
     published = set(load_file(ASSETS / "hf_llava_448" / "model" / "model.safetensors"))
     assert names == published
 
 
-def test_a_large_model_is_sharded_with_an_index(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_large_model_is_sharded_with_an_index(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import LlavaForConditionalGeneration
 
     made = tiny_llava()
-    manifest = hf.write(tmp_path / "export", StoredModel.of(made, tokenizer_dir), MANIFEST, max_shard_bytes=200_000)
+    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 200_000)
+    manifest = write("hf", tmp_path / "export", StoredModel.of(made, tokenizer_dir, num_own_rows=330), MANIFEST)
+    assert manifest.files == {name: digest(tmp_path / "export" / name) for name in manifest.files}
     index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in made.state_dict().values())
     assert set(index["weight_map"].values()) == set(manifest.files) and len(manifest.files) > 2
     want = made.state_dict()
-    assert all(torch.equal(t, want[n]) for n, t in hf.read(tmp_path / "export").tensors())
+    assert all(torch.equal(t, want[n]) for n, t in HF.read(tmp_path / "export").tensors())
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "export")
     assert all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_tied_head_is_left_out_and_tied_again(tmp_path: Path, tokenizer_dir: Path) -> None:
     made = tiny_llava(tie_word_embeddings=True)
-    HF.write(tmp_path / "export", StoredModel.of(made, tokenizer_dir), MANIFEST)
+    write("hf", tmp_path / "export", StoredModel.of(made, tokenizer_dir, num_own_rows=330), MANIFEST)
     assert "language_model.lm_head.weight" not in load_file(tmp_path / "export" / "model.safetensors")
     model = restore(HF.read(tmp_path / "export"), dtype=torch.float32)
     assert torch.equal(model.lm_head.weight, made.lm_head.weight)
@@ -120,8 +126,8 @@ def test_a_tied_head_is_left_out_and_tied_again(tmp_path: Path, tokenizer_dir: P
 
 def test_transformers_4_finds_rope_and_dtype_where_it_looks(tmp_path: Path, tokenizer_dir: Path) -> None:
     rope = {"rope_theta": 500000.0, "rope_type": "default"}
-    stored = StoredModel.of(tiny_llava(rope_parameters=rope), tokenizer_dir).cast(torch.bfloat16)
-    HF.write(tmp_path / "export", stored, MANIFEST)
+    stored = StoredModel.of(tiny_llava(rope_parameters=rope), tokenizer_dir, num_own_rows=330).cast(torch.bfloat16)
+    write("hf", tmp_path / "export", stored, MANIFEST)
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert config["text_config"]["rope_theta"] == 500000.0
     assert config["torch_dtype"] == config["text_config"]["torch_dtype"] == "bfloat16"
@@ -131,10 +137,10 @@ def test_transformers_4_finds_rope_and_dtype_where_it_looks(tmp_path: Path, toke
 
 
 def test_a_model_of_another_shape_than_its_config_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
-    stored = StoredModel.of(tiny_llava(), tokenizer_dir)
+    stored = StoredModel.of(tiny_llava(), tokenizer_dir, num_own_rows=330)
     stored.config.text_config.vocab_size = 400
     with pytest.raises(ValueError, match=r"embed_tokens.weight \(384, 64\) does not fit the config"):
-        HF.write(tmp_path / "export", stored, MANIFEST)
+        write("hf", tmp_path / "export", stored, MANIFEST)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -153,7 +159,7 @@ def test_a_published_folder_describes_its_prompt_path() -> None:
     assert (spec.image_token_id, spec.pad_token_id, spec.bos_token_id, spec.stop_token_ids) == (512, 513, 1, (2,))
 
 
-@pytest.mark.parametrize("name", _hf_chat.TEMPLATES)
+@pytest.mark.parametrize("name", _chat_words.TEMPLATES)
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_the_jinja_says_what_our_template_says(name: str, system: str | None) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -169,7 +175,7 @@ def test_the_jinja_says_what_our_template_says(name: str, system: str | None) ->
         {"role": "user", "content": "Sure?"},
     ]
     dialogue = [{"role": "system", "content": system}, *dialogue] if system else dialogue
-    jinja = _hf_chat.chat_template(name, bos_token="<s>" if TEMPLATES[name].bos == "once" else "")
+    jinja = _chat_words.chat_template(name, bos_token="<s>" if TEMPLATES[name].bos == "once" else "")
     got, _ = render_jinja_template([dialogue], chat_template=jinja, add_generation_prompt=True)
     assert got == [want]
 

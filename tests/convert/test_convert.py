@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rayllava.checkpoint.layouts import LAYOUTS, StoredModel
+from rayllava.checkpoint.layouts import StoredModel, write
 from rayllava.checkpoint.manifest import ModelManifest, read_model_manifest
 from rayllava.convert import prove
-from rayllava.convert.run import ConvertSpec, convert
+from rayllava.convert.run import ConvertSpec, convert, explain
 from tests.generate.llava import tiny_llava
 from tests.tiny import make_parts, processor_spec
 
@@ -32,7 +32,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "export"
     tokenizer_dir = Path(make_parts(folder.parent / "parts").llm)
     manifest = ModelManifest(processor=processor_spec(max_length=512), family="vicuna", source="test", step=7)
-    LAYOUTS["hf"].write(folder, StoredModel.of(tiny_llava(), tokenizer_dir), manifest)
+    write("hf", folder, StoredModel.of(tiny_llava(), tokenizer_dir, num_own_rows=330), manifest)
     return folder
 
 
@@ -47,11 +47,34 @@ def test_an_export_is_proved_to_answer_alike_in_plain_transformers(export: Path,
 
 @pytest.mark.parametrize("kind", ["phi3", "internvl"])
 def test_other_language_models_and_towers_are_proved_too(kind: str, export: Path, tmp_path: Path) -> None:
-    LAYOUTS["hf"].write(
-        tmp_path / "export", StoredModel.of(tiny_llava(kind=kind), export), read_model_manifest(export)
-    )
+    stored = StoredModel.of(tiny_llava(kind=kind), export, num_own_rows=330)
+    write("hf", tmp_path / "export", stored, read_model_manifest(export))
     proof = convert(tmp_path, tmp_path / "hf", to="hf")
     assert proof["proved"] and proof["bit_equal"], proof
+
+
+@pytest.mark.parametrize(
+    ("kind", "to", "said"),
+    [
+        ("internvl", "llava", "to=llava holds CLIP towers alone, and this one is internvl_vision: .*; use to=hf"),
+        ("internvl", "xtuner", "to=xtuner holds CLIP towers alone, and this one is internvl_vision: .*; use to=hf"),
+        ("internvl", "gguf", "to=gguf holds CLIP towers alone, and this one is internvl_vision: .*; use to=hf"),
+        (
+            "qwen2",
+            "llava",
+            "to=llava holds language models of the Llama kind alone, and this one is qwen2; use to=hf",
+        ),
+        ("qwen2", "gguf", "to=gguf holds language models of the Llama kind alone, and this one is qwen2; use to=hf"),
+    ],
+)
+def test_what_a_layout_cannot_hold_is_said_before_anything_is_written(
+    kind: str, to: str, said: str, export: Path, tmp_path: Path
+) -> None:
+    stored = StoredModel.of(tiny_llava(kind=kind), export, num_own_rows=330)
+    write("hf", tmp_path / "export", stored, read_model_manifest(export))
+    with pytest.raises(ValueError, match=said):
+        convert(tmp_path, tmp_path / "out", to=to)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
 @pytest.mark.parametrize("name", ["hf_llava_437", "hf_llava_448"])
@@ -74,10 +97,10 @@ def test_a_template_without_jinja_is_proved_on_our_ids(tmp_path: Path) -> None:
 
 def test_converting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        convert(PUBLISHED, tmp_path / name, to="hf", spec=VICUNA)
-    for path in (tmp_path / "one").iterdir():
+        convert(PUBLISHED, tmp_path / name / "model", to="hf", spec=VICUNA)
+    for path in (tmp_path / "one" / "model").iterdir():
         if path.name != "proof.json":
-            assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+            assert path.read_bytes() == (tmp_path / "two" / "model" / path.name).read_bytes(), path.name
 
 
 def test_another_dtype_is_proved_within_its_rounding(export: Path, tmp_path: Path) -> None:
@@ -89,11 +112,11 @@ def test_another_dtype_is_proved_within_its_rounding(export: Path, tmp_path: Pat
 def test_a_damaged_tensor_is_no_proof(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = prove.plain_side
 
-    def damaged(folder: Path) -> prove.Side:
+    def damaged(folder: Path, *rest: Any) -> list[prove.Seen]:
         tensors = load_file(folder / "model.safetensors")
         tensors["multi_modal_projector.linear_1.bias"] += 0.1
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return plain(folder)
+        return plain(folder, *rest)
 
     monkeypatch.setattr(prove, "plain_side", damaged)
     proof = convert(export, tmp_path / "hf", to="hf")
@@ -102,8 +125,10 @@ def test_a_damaged_tensor_is_no_proof(export: Path, tmp_path: Path, monkeypatch:
 
 
 def test_what_cannot_be_done_is_said_with_the_cure(export: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="to=gguf cannot be written yet; there is: hf"):
-        convert(export, tmp_path / "out", to="gguf")
+    with pytest.raises(ValueError, match="to=ggml is no layout; there are: gguf, hf, llava, xtuner"):
+        convert(export, tmp_path / "out", to="ggml")
+    with pytest.raises(ValueError, match="dtype=q4_0 is not written in this layout; there are: float32, bfloat16"):
+        convert(export, tmp_path / "out", to="hf", spec=ConvertSpec(dtype="q4_0"))
     with pytest.raises(ValueError, match=r"add template=NAME, one of: .*vicuna_v1"):
         convert(PUBLISHED, tmp_path / "out", to="hf")
     with pytest.raises(ValueError, match="template=nonsense is none of"):
@@ -112,9 +137,31 @@ def test_what_cannot_be_done_is_said_with_the_cure(export: Path, tmp_path: Path)
         convert(export, export, to="hf")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match="is not empty and no earlier conversion"):
+    with pytest.raises(ValueError, match="is not empty; give another folder, or add --force"):
         convert(export, tmp_path / "full", to="hf")
     assert not (tmp_path / "out").exists()
+
+
+def test_no_proof_is_said_and_nothing_is_called_proved(export: Path, tmp_path: Path) -> None:
+    done = job("jobs/convert.py", str(export), str(tmp_path / "hf"), "--to", "hf", "--no-proof")
+    assert done.returncode == 0 and "not proved" in done.stdout, done.stderr
+    proof = json.loads((tmp_path / "hf" / "proof.json").read_text())
+    assert proof["proved"] is False and proof["reason"] == "not asked for: --no-proof"
+
+
+def test_explain_says_what_every_tensor_is_made_of(export: Path, tmp_path: Path) -> None:
+    rows = {row[0]: row[1:] for row in explain(export, to="gguf", spec=ConvertSpec(dtype="q8_0"))}
+    assert rows["blk.0.attn_q.weight"] == (
+        "float32 (64, 64)",
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+        "rows of heads reordered, to Q8_0",
+    )
+    assert rows["output_norm.weight"][2] == "to F32"
+    rows = {row[0]: row[1:] for row in explain(export, to="llava")}
+    assert rows["lm_head.weight"] == ("float32 (330, 64)", "language_model.lm_head.weight", "first 330 rows")
+    assert rows["model.mm_projector.2.bias"][1:] == ("multi_modal_projector.linear_2.bias", "as it is")
+    done = job("jobs/convert.py", str(export), str(tmp_path / "x"), "--to", "llava", "--explain")
+    assert "model.mm_projector.2.bias\tfloat32 (64,)\tmulti_modal" in done.stdout and not (tmp_path / "x").exists()
 
 
 def job(*words: str, input: str = "") -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,8 @@ from tests.tiny import processor_spec
 def tiny_llava(*, seed: int = 0, kind: str = "llama", **text: Any) -> Any:
     """Return a float32 model that fits tests.tiny.processor_spec; biases and norms are random too.
 
-    kind: llama; phi3, whose attention sees a window only; internvl, a tower without `vision_model.` in its names.
+    kind: llama; phi3, whose attention sees a window only; qwen2, with biases on some projections; internvl, a tower
+    without `vision_model.` in its names.
     """
     from transformers import (
         CLIPVisionConfig,
@@ -21,6 +22,7 @@ def tiny_llava(*, seed: int = 0, kind: str = "llama", **text: Any) -> Any:
         LlavaConfig,
         LlavaForConditionalGeneration,
         Phi3Config,
+        Qwen2Config,
     )
 
     spec = processor_spec()
@@ -43,9 +45,10 @@ def tiny_llava(*, seed: int = 0, kind: str = "llama", **text: Any) -> Any:
         "patch_size": 14,
     }
     internvl = {"use_qk_norm": True, "norm_type": "rms_norm", "image_size": [28, 28], "patch_size": [14, 14]}
+    texts: dict[str, Any] = {"phi3": Phi3Config, "qwen2": Qwen2Config}
     config = LlavaConfig(
         vision_config=InternVLVisionConfig(**(clip | internvl)) if kind == "internvl" else CLIPVisionConfig(**clip),
-        text_config=Phi3Config(**(llama | phi3 | text)) if kind == "phi3" else LlamaConfig(**(llama | text)),
+        text_config=texts.get(kind, LlamaConfig)(**(llama | (phi3 if kind == "phi3" else {}) | text)),
         image_token_index=spec.image_token_id,
         image_seq_length=spec.num_image_tokens,
         pad_token_id=spec.pad_token_id,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rayllava.checkpoint.layouts import LAYOUTS, StoredModel
+from rayllava.checkpoint.layouts import StoredModel, write
 from rayllava.checkpoint.manifest import ModelManifest
 from rayllava.generate import engine as engine_
 from rayllava.generate.answer import Answer
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "export"
     tokenizer_dir = Path(make_parts(folder.parent / "parts").llm)
     manifest = ModelManifest(processor=processor_spec(max_length=512), family="vicuna", source="test")
-    LAYOUTS["hf"].write(folder, StoredModel.of(tiny_llava(), tokenizer_dir), manifest)
+    write("hf", folder, StoredModel.of(tiny_llava(), tokenizer_dir, num_own_rows=330), manifest)
     return folder
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rayllava.checkpoint.layouts import LAYOUTS
+from rayllava.checkpoint.layouts import LAYOUTS, write
 from rayllava.checkpoint.lease import Lease
 from rayllava.checkpoint.ledger import LedgerEntry
 from rayllava.checkpoint.manifest import ModelManifest
@@ -169,7 +169,7 @@ def test_a_whole_model_lies_over_the_parts_that_are_given(dialogues: Path, tmp_p
 def test_an_export_of_ours_says_its_family(dialogues: Path, tmp_path: Path) -> None:
     layout, stored = LAYOUTS["hf"], LAYOUTS["hf"].read(HF)
     spec = layout.describe(HF, stored, template="llava_v1")
-    layout.write(tmp_path / "export", stored, ModelManifest(processor=spec, family="llama2", source="test"))
+    write("hf", tmp_path / "export", stored, ModelManifest(processor=spec, family="llama2", source="test"))
     manifest = launch.prepare(stage2(tmp_path / "export", dialogues, tmp_path / "run"))
     assert manifest.recipe.model and manifest.recipe.model.family == "llama2"
 

@@ -29,6 +29,10 @@ class ModelManifest(Spec):
     """Key in rayllava.families, of the language model."""
     source: str
     """The run or folder that the model was made from."""
+    parts: dict[str, str] = {}
+    """What its language model (llm) and tower (vision) are called where they come from: hub ids, where known."""
+    num_own_rows: int | None = None
+    """Rows of the vocabulary that the language model came with; empty in manifests from before this was said."""
     recipe: dict[str, Any] | None = None
     """Of the run that trained it; empty for a model that came from elsewhere."""
     step: int | None = None
@@ -38,6 +42,21 @@ class ModelManifest(Spec):
     created: str = ""
     versions: dict[str, str] = {}
     """Of the packages that wrote it."""
+
+
+class SourceSpec(Spec):
+    """What a person says of a checkpoint that has no manifest of ours."""
+
+    template: str | None = None
+    """Prompt template that the model was trained with, a name in rayllava.prompt.chat.TEMPLATES."""
+    aspect: Literal["pad", "crop"] | None = None
+    """What happens to pictures that are not square; empty: what the checkpoint's own files say."""
+    family: str | None = None
+    """Of the language model; empty: the one that goes with the template."""
+    base: str = ""
+    """Language model that a checkpoint of adapters, or of a projector, was trained from: a folder or a hub id."""
+    vision_tower: str = ""
+    """Tower that it was trained with, unless the checkpoint names one that is here."""
 
 
 def read_model_manifest(folder: Path, *, field: str = "MODEL") -> ModelManifest:

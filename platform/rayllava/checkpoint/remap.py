@@ -4,6 +4,8 @@
     internlm2       -> LlamaForCausalLM      query, key and value lie in one grouped tensor
     intern_vit_6b   -> InternVLVisionModel   query, key and value lie in one tensor of three blocks
 
+    phi3            -> LlamaForCausalLM      only where a layout knows Llama alone: transformers runs it as it is
+
 Nothing of a model's own code is run: config.json and the tensors are translated.
 """
 
@@ -108,6 +110,24 @@ def _internlm2_tensor(name: str, tensor: Tensor, config: Config) -> Iterable[tup
     return [(name, tensor)]
 
 
+def _phi3_config(config: Config) -> Config:
+    # Up to its window it is the plain attention; Llama has no window.
+    return _llama(config) | {"attention_bias": False}
+
+
+def _phi3_tensor(name: str, tensor: Tensor, config: Config) -> Iterable[tuple[str, Tensor]]:
+    if ".self_attn.qkv_proj." in name:
+        each = config["hidden_size"] // config["num_attention_heads"]
+        groups = config.get("num_key_value_heads") or config["num_attention_heads"]
+        rows = [config["num_attention_heads"] * each, groups * each, groups * each]
+        parts = zip("qkv", tensor.split(rows), strict=True)
+        return [(name.replace(".qkv_proj.", f".{x}_proj."), part) for x, part in parts]
+    if ".mlp.gate_up_proj." in name:
+        halves = zip(("gate", "up"), tensor.chunk(2), strict=True)
+        return [(name.replace(".gate_up_proj.", f".{x}_proj."), half) for x, half in halves]
+    return [(name, tensor)]
+
+
 _INTERN_VIT = (
     ("embeddings.class_embedding", "embeddings.cls_token"),
     ("embeddings.position_embedding", "embeddings.position_embeddings"),
@@ -157,3 +177,6 @@ REMAPS = {
     "intern_vit_6b": Remap("InternVLVisionModel", _intern_vit_config, _intern_vit_tensor),
 }
 """By the `model_type` of config.json."""
+
+AS_LLAMA = {"phi3": Remap("LlamaForCausalLM", _phi3_config, _phi3_tensor)}
+"""Classes of transformers that compute what Llama computes, by `model_type`."""

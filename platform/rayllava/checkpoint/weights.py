@@ -53,9 +53,16 @@ class Computed:
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor]
+    trail: tuple[str, ...] = ()
+    """Where its numbers come from, and what was done to them, in the order of it."""
 
     def read(self) -> Tensor:
         return self.make()
+
+
+def trail_of(held: Held, *steps: str) -> tuple[str, ...]:
+    """Return where a tensor comes from, and `steps` that are done to it after that."""
+    return (*getattr(held, "trail", ()), *steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,10 @@ class _SafeTensor:
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def trail(self) -> tuple[str, ...]:
+        return (self.key,)
 
     def read(self) -> Tensor:
         from safetensors import safe_open
@@ -127,6 +138,16 @@ def _dtype(name: str) -> torch.dtype:
     if name not in _TYPES:
         raise ValueError(f"tensors of type {name} are not read here; there are: {', '.join(_TYPES)}")
     return getattr(torch, _TYPES[name])
+
+
+def word_of(dtype: torch.dtype) -> str:
+    """Return the word of a safetensors header for torch's type."""
+    return next(word for word, known in _TYPES.items() if known == dtype_name(dtype))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return what configs call one of torch's types: float16, ..."""
+    return str(dtype).removeprefix("torch.")
 
 
 def stream(files: list[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -1,33 +1,41 @@
-"""Two folders, one model: what a conversion compares before it may say that it worked.
+"""Two checkpoints, one model: what a conversion compares before it may say that it worked.
 
-    SRC --our readers------> tensors, and logits of fixed prompts --+
-    DST --transformers alone-> tensors, and logits of the same -----+--> proof.json
+    SRC --our readers--------------> tensors, and logits of fixed prompts --+
+    DST --its layout's own reader--> tensors, and logits of the same -------+--> proof.json
 
-The other side is none of our code: LlavaForConditionalGeneration and LlavaProcessor as anybody would call them.
+A Hugging Face folder is read by none of our code: LlavaForConditionalGeneration and LlavaProcessor as anybody would
+call them. Only one side is in memory at a time, and of it one layer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import math
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from rayllava.checkpoint.layouts import StoredModel
+from rayllava.checkpoint.layouts import TABLES, StoredModel
+from rayllava.checkpoint.shards import raw
 from rayllava.model.normalise import normalise
-from rayllava.model.restore import restore
+from rayllava.model.streamed import streamed
 from rayllava.prompt.encode import Processor
 from rayllava.recipe import ProcessorSpec
 from rayllava.records import IMAGE_MARK, Sample, Turn
 
-BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest logit difference by the type that weights were rounded to, as a share of the largest logit."""
+IMAGE = -200
+"""What stands for an image token where two vocabularies are compared."""
+
+LAST = 32
+"""Positions of a prompt whose logits are compared."""
 
 
 @dataclass(frozen=True)
@@ -44,94 +52,128 @@ class Seen:
     """What one side made of a prompt."""
 
     ids: Tensor
-    """(1, T)"""
+    """(T,), image tokens as IMAGE"""
     pixels: Tensor | None
     """(N, 3, S, S), normalised"""
     logits: Tensor
-    """(T, V) float32"""
+    """(L, V) float32, of the last L <= LAST positions, which attend to all others"""
 
 
-Side = Callable[[Prompt, Seen | None], Seen]
-"""Reads a prompt. The second argument is what the other side saw, for a side that has no words of its own."""
+def compare_logits(
+    prompts: Sequence[Prompt], a: Sequence[Seen], b: Sequence[Seen], *, rows: int
+) -> dict[str, dict[str, Any]]:
+    """Return per prompt how far two sides are apart in the first `rows` of the vocabulary.
 
-
-def compare_logits(a: Side, b: Side, prompts: Iterable[Prompt]) -> dict[str, dict[str, Any]]:
-    """Return per prompt how far the two sides are apart; infinity where they read other tokens."""
-    rows = {}
-    for prompt in prompts:
-        one = a(prompt, None)
-        two = b(prompt, one)
+    That is infinity where they read other tokens.
+    """
+    found = {}
+    for prompt, one, two in zip(prompts, a, b, strict=True):
         same = torch.equal(one.ids, two.ids)
-        rows[prompt.name] = {
-            "num_tokens": one.ids.shape[1],
+        found[prompt.name] = {
+            "num_tokens": len(one.ids),
             "ids_equal": same,
             "max_abs_pixel_diff": _apart(one.pixels, two.pixels),
-            "max_abs_logit": float(one.logits.abs().max()),
-            "max_abs_logit_diff": _apart(one.logits, two.logits) if same else math.inf,
+            "max_abs_logit": float(one.logits[:, :rows].abs().max()),
+            "max_abs_logit_diff": _apart(one.logits[:, :rows], two.logits[:, :rows]) if same else math.inf,
         }
-    return rows
+    return found
 
 
 def compare_tensors(a: StoredModel, b: StoredModel) -> dict[str, Any]:
-    """Return whether the two hold the same tensors bit for bit, and how many."""
-    one, two = _digests(a), _digests(b)
-    return {"num_tensors": len(one), "bit_equal": one == two}
+    """Return whether the second holds what the first does, bit for bit, and how many tensors that are.
+
+    Rows of the vocabulary that the first has none of are not looked at.
+    """
+    tied = a.config.text_config.tie_word_embeddings
+    names = sorted(name for name in a.weights.keys() | b.weights.keys() if not (tied and name == TABLES[1]))
+    apart = [name for name in names if _digest(a, name, a) != _digest(b, name, a)]
+    found: dict[str, Any] = {"num_tensors": len(names), "bit_equal": not apart}
+    return found | {"different": apart[:20]} if apart else found
 
 
-def our_side(stored: StoredModel, spec: ProcessorSpec) -> Side:
-    """Return the side that reads with our code, in float32 on the CPU."""
-    processor, model = Processor(spec, stored.tokenizer_dir), restore(stored, dtype=torch.float32)
-
-    def see(prompt: Prompt, other: Seen | None) -> Seen:
+def our_side(stored: StoredModel, spec: ProcessorSpec, prompts: Sequence[Prompt]) -> list[Seen]:
+    """Return what our code makes of prompts, in float32 on the CPU."""
+    processor, ids, pixels = Processor(spec, stored.tokenizer_dir), [], []
+    for prompt in prompts:
         marks = (IMAGE_MARK + "\n") * len(prompt.images)
         sample = Sample(prompt.name, (Turn("user", marks + prompt.text),), prompt.images)
         example = processor.encode(sample, open_turn=True)
-        ids = torch.from_numpy(example.ids).long().unsqueeze(0)  # (1, T)
+        ids.append(torch.from_numpy(example.ids).long())
         squares = torch.from_numpy(example.pixels)  # (N, 3, S, S)
-        pixels = normalise(squares, spec, dtype=torch.float32) if len(squares) else None
-        return Seen(ids, pixels, _logits(model, ids, pixels))
-
-    return see
+        pixels.append(normalise(squares, spec, dtype=torch.float32) if len(squares) else None)
+    return _seen(streamed(stored), ids, pixels, spec.image_token_id)
 
 
-def plain_side(folder: Path) -> Side:
-    """Return the side that reads with transformers alone, in float32 on the CPU.
+def plain_side(folder: Path, prompts: Sequence[Prompt], other: Sequence[Seen]) -> list[Seen]:
+    """Return what transformers alone makes of prompts, in float32 on the CPU.
 
     Where the folder has no chat template it is given the other side's ids, and prepares the pictures only.
     """
     from PIL import Image
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that layers stay in the files is meant so
     processor: Any = LlavaProcessor.from_pretrained(folder, backend="pil")
-
-    def see(prompt: Prompt, other: Seen | None) -> Seen:
+    ids, pixels = [], []
+    image = processor.image_token_id
+    for prompt, seen in zip(prompts, other, strict=True):
         images = [Image.open(io.BytesIO(image)) for image in prompt.images]
-        if processor.chat_template is None and other is not None:
-            pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
-            return Seen(other.ids, pixels, _logits(model, other.ids, pixels))
+        if processor.chat_template is None:
+            ids.append(seen.ids.masked_fill(seen.ids == IMAGE, image))
+            pixels.append(processor.image_processor(images, return_tensors="pt")["pixel_values"] if images else None)
+            continue
         parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt.text}]
         words = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
         made = processor(text=words, images=images or None, return_tensors="pt")
-        pixels = made.get("pixel_values")
-        return Seen(made["input_ids"], pixels, _logits(model, made["input_ids"], pixels))
-
-    return see
+        ids.append(made["input_ids"][0])
+        pixels.append(made.get("pixel_values"))
+    with tempfile.TemporaryDirectory(prefix="rayllava-") as scratch:
+        # Layers stay in the files until they run; accelerate wants one part that does not.
+        model = LlavaForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            device_map={"model": "disk", "lm_head": "cpu"},
+            offload_folder=scratch,
+        )
+        return _seen(model.eval(), ids, pixels, image)
 
 
 def fixed_prompts() -> list[Prompt]:
-    """Return a question without a picture, and with a wide, a tall and a square one drawn by a formula."""
+    """Return a question without a picture, with a wide, a tall and a square one drawn by a formula, and with two."""
     sizes = {"wide": (61, 37), "tall": (40, 71), "square": (64, 64)}
+    pictures = {name: _picture(*size) for name, size in sizes.items()}
     ask = "What is shown in this image?\nAnswer briefly."
     return [
         Prompt("words", "How many days has a week?"),
-        *(Prompt(name, ask, (_picture(*size),)) for name, size in sizes.items()),
+        *(Prompt(name, ask, (picture,)) for name, picture in pictures.items()),
+        Prompt("two", "Which of the two images is brighter?", (pictures["wide"], pictures["square"])),
     ]
 
 
-def _logits(model: Any, ids: Tensor, pixels: Tensor | None) -> Tensor:
-    with torch.inference_mode():
-        return model(input_ids=ids, pixel_values=pixels).logits[0].float()
+def _seen(model: Any, ids: Sequence[Tensor], pixels: Sequence[Tensor | None], image: int) -> list[Seen]:
+    """Run the prompts, those of about one length together, since every pass may read all weights anew."""
+    seen: dict[int, Seen] = {}
+    for group in _alike([len(one) for one in ids]):
+        padded = pad_sequence([ids[i] for i in group], batch_first=True)  # (B, T), padded after all that is looked at
+        pictures = [picture for i in group if (picture := pixels[i]) is not None]
+        with torch.inference_mode():
+            given = torch.cat(pictures) if pictures else None
+            states = model.model(input_ids=padded, pixel_values=given).last_hidden_state  # (B, T, D)
+            last = [state[: len(ids[i])][-LAST:] for i, state in zip(group, states, strict=True)]  # each (L, D)
+            logits = model.lm_head(torch.cat(last)).split([len(each) for each in last])
+        for i, row in zip(group, logits, strict=True):
+            seen[i] = Seen(ids[i].masked_fill(ids[i] == image, IMAGE), pixels[i], row.float())
+    return [seen[i] for i in range(len(ids))]
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Return the places of lengths, in groups whose longest is at most a quarter longer than the shortest."""
+    groups: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        if not groups or lengths[place] > 1.25 * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(place)
+    return groups
 
 
 def _apart(one: Tensor | None, two: Tensor | None) -> float:
@@ -140,17 +182,14 @@ def _apart(one: Tensor | None, two: Tensor | None) -> float:
     return float((one - two).abs().max()) if one.shape == two.shape else math.inf
 
 
-def _digests(stored: StoredModel) -> dict[str, str]:
-    tied = stored.config.tie_word_embeddings
-    found = {}
-    for name, tensor in stored.tensors():
-        if tied and name == "lm_head.weight":
-            continue
-        flat = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-        found[name] = (
-            hashlib.blake2b(flat.data, digest_size=16).hexdigest() + f" {tensor.dtype} {tuple(tensor.shape)}"
-        )
-    return found
+def _digest(stored: StoredModel, name: str, like: StoredModel) -> str:
+    """Return a tensor's digest, type and shape; of a table as many rows as `like` has."""
+    if name not in stored.weights:
+        return "missing"
+    tensor = stored.weights[name].read()
+    if name in TABLES and name in like.weights:
+        tensor = tensor[: like.weights[name].shape[0]]
+    return f"{hashlib.blake2b(raw(tensor), digest_size=16).hexdigest()} {tensor.dtype} {tuple(tensor.shape)}"
 
 
 def _picture(width: int, height: int) -> bytes:

@@ -235,8 +235,11 @@ def _compare(run_dir: str) -> dict[str, Any]:
     folder = Path(run_dir)
     trained, _ = result(Place(run_dir))
     spec = read_model_manifest(folder / "export").processor
-    ours = prove.our_side(StoredModel.of(trained, folder / "tokenizer"), spec)
-    return prove.compare_logits(ours, prove.plain_side(folder / "export"), prove.fixed_prompts())
+    stored = StoredModel.of(trained, folder / "tokenizer", num_own_rows=trained.num_own_rows)
+    prompts = prove.fixed_prompts()
+    ours = prove.our_side(stored, spec, prompts)
+    theirs = prove.plain_side(folder / "export", prompts, ours)
+    return prove.compare_logits(prompts, ours, theirs, rows=stored.num_own_rows)
 
 
 def _offline(model_dir: Path, questions: list[dict[str, Any]], folder: Path) -> list[str]:

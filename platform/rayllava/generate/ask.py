@@ -13,15 +13,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from rayllava.checkpoint.manifest import SourceSpec
 from rayllava.records import IMAGE_MARK, Request, Turn
-from rayllava.spec import Spec
 
 Ask = Callable[[tuple[Turn, ...], tuple[bytes, ...]], Iterator[str]]
 """Yields the answer to a dialogue about pictures, piece by piece."""
 
 
-class AskSpec(Spec):
-    """How an answer is made."""
+class AskSpec(SourceSpec):
+    """How an answer is made, and what a checkpoint without our manifest.json does not say of itself."""
 
     quant: Literal["none", "nf4", "int8"] = "none"
     """Precision of the language model's weights."""
@@ -42,7 +42,8 @@ def folder(model: str, spec: AskSpec) -> Ask:
     device = spec.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    engine = load_engine(model, quant=spec.quant, device=device, threads=spec.threads, max_batch=1)
+    source = SourceSpec.model_validate(spec.model_dump(include=set(SourceSpec.model_fields)))
+    engine = load_engine(model, quant=spec.quant, device=device, threads=spec.threads, max_batch=1, source=source)
 
     def ask(turns: tuple[Turn, ...], images: tuple[bytes, ...]) -> Iterator[str]:
         request = Request("ask", turns, images, max_new_tokens=spec.max_new_tokens, temperature=spec.temperature)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from pathlib import Path
 
 import torch
 
-from rayllava.checkpoint.layouts import LAYOUTS
-from rayllava.checkpoint.manifest import local_model, read_model_manifest
+from rayllava.checkpoint.manifest import SourceSpec, local_model, read_model_manifest
 from rayllava.generate.engine import Engine
 from rayllava.model.quant import check_quant, quantize
 from rayllava.model.restore import restore
+from rayllava.model.source import open_source
 from rayllava.prompt.encode import Processor
 
 log = logging.getLogger(__name__)
@@ -27,25 +28,29 @@ def load_engine(
     dtype: str | None = None,
     threads: int | None = None,
     max_batch: int = 16,
+    source: SourceSpec | None = None,
 ) -> Engine:
-    """Return an engine for RUN/export, for RUN, or for a folder that `jobs/convert.py` wrote.
+    """Return an engine for RUN/export, for RUN, or for a checkpoint of any layout.
 
-    `model` is a path, or an address in a store. Without `dtype` the model computes in float32 on the CPU and in
-    bfloat16 elsewhere. `threads` sets the torch threads of the whole process.
+    `model` is a path, or an address in a store; `source` says of it what its files do not. Without `dtype` the model
+    computes in float32 on the CPU and in bfloat16 elsewhere. `threads` sets the torch threads of the whole process.
     """
     check_quant(quant)
     place = _device(device)
     number = dtype_of(dtype) if dtype else torch.float32 if place.type == "cpu" else torch.bfloat16
-    folder = local_model(str(model))
-    manifest = read_model_manifest(folder)
+    path = local_model(str(model))
+    if source is None:
+        read_model_manifest(path)  # which says how it is asked, or how to get one that does
     if threads:
         torch.set_num_threads(threads)
-    stored = LAYOUTS[manifest.layout].read(folder)
-    llava = restore(stored, dtype=number)
+    with tempfile.TemporaryDirectory(prefix="rayllava-") as scratch:
+        found = open_source(path, source or SourceSpec(), scratch=Path(scratch), field="MODEL")
+        processor = Processor(found.manifest.processor, found.stored.tokenizer_dir)
+        llava = restore(found.stored, dtype=number)
     quantize(llava, quant, device=place)  # type: ignore[arg-type]
     llava.to(place)
-    log.info("loaded %s: quant=%s, %s on %s", folder, quant, str(number).removeprefix("torch."), place)
-    return Engine(llava, Processor(manifest.processor, stored.tokenizer_dir), max_batch=max_batch)
+    log.info("loaded %s: quant=%s, %s on %s", path, quant, str(number).removeprefix("torch."), place)
+    return Engine(llava, processor, max_batch=max_batch)
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rayllava.checkpoint.layouts import LAYOUTS, Found, Own, Part, StoredModel, Weight, part_of
+from rayllava.checkpoint.layouts import LAYOUTS, TABLES, Found, Own, Part, StoredModel, Weight, part_of
 from rayllava.checkpoint.parts import is_whole, read_llm_config, read_tower_config
-from rayllava.checkpoint.weights import Computed, Held, open_weights, weight_files
+from rayllava.checkpoint.weights import Computed, Held, open_weights, trail_of, weight_files
 from rayllava.model.build import empty, padded_rows
-from rayllava.model.foreign import TABLES, Words, translated
+from rayllava.model.foreign import Words, translated
 from rayllava.model.parts import POSITIONS, interpolated, llm_config_of, tower_config
 from rayllava.recipe import ModelSpec, ProcessorSpec
 
@@ -65,7 +65,7 @@ def compose(
     _lay(weights, found, None if found.translated else kinds, shapes, exact=exact, said=said)
     _settle(weights, shapes, num_own=num_own, tied=text.tie_word_embeddings, said=said)
     ordered = {name: weights[name] for name in shapes if name in weights}
-    return StoredModel(llava.config, ordered, tokenizer_dir, dtype=ordered[TABLES[0]].dtype)
+    return StoredModel(llava.config, ordered, tokenizer_dir, ordered[TABLES[0]].dtype, num_own)
 
 
 def _lay(
@@ -124,17 +124,21 @@ def _weights(folder: Path, part: Part) -> Iterator[Weight]:
 def _lazily(weight: Weight, kinds: Words | None) -> Iterator[tuple[str, Held]]:
     """Yield (canonical name, tensor) of what a weight becomes; it is read when one of them is."""
     held = weight.held
-    for name, shape in translated(weight, torch.empty(held.shape, device="meta"), kinds):
+    named = list(translated(weight, torch.empty(held.shape, device="meta"), kinds))
+    trail = trail_of(held) or (weight.said,)
+    for name, shape in named:
 
         def make(name: str = name) -> Tensor:
             return dict(translated(weight, held.read(), kinds))[name]
 
-        yield name, Computed(tuple(shape.shape), held.dtype, make)
+        taken = ["rows taken out"] if len(named) > 1 else []
+        yield name, Computed(tuple(shape.shape), held.dtype, make, (*trail, *taken))
 
 
 def _sum(base: Held, product: Held, *, exact: bool) -> Held:
     dtype = torch.float32 if exact else base.dtype
-    return Computed(base.shape, dtype, lambda: (base.read().float() + product.read()).to(dtype))
+    trail = trail_of(base, f"+ adapter {trail_of(product)[0]}")
+    return Computed(base.shape, dtype, lambda: (base.read().float() + product.read()).to(dtype), trail)
 
 
 def _extended(held: Held, num_own: int, rows: int) -> Held:
@@ -147,7 +151,9 @@ def _extended(held: Held, num_own: int, rows: int) -> Held:
         mean = table.float().mean(0, keepdim=True).to(table.dtype)
         return torch.cat([table, mean.expand(rows - num_own, -1)])
 
-    return Computed((rows, *held.shape[1:]), held.dtype, make)
+    added = [f"first {num_own} rows"] if held.shape[0] > num_own else []
+    added += [f"{rows - num_own} rows of their mean"] if rows > num_own else []
+    return Computed((rows, *held.shape[1:]), held.dtype, make, trail_of(held, *added))
 
 
 def _fitted(held: Held, shape: tuple[int, ...]) -> Held:
@@ -155,4 +161,4 @@ def _fitted(held: Held, shape: tuple[int, ...]) -> Held:
         table = held.read().float().reshape(-1, shape[-1])
         return interpolated(table, shape[-2]).reshape(shape).to(held.dtype)
 
-    return Computed(shape, held.dtype, make)
+    return Computed(shape, held.dtype, make, trail_of(held, "positions interpolated"))

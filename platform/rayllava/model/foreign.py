@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rayllava import copies
-from rayllava.checkpoint.layouts import LAYOUTS, Found, Part, Weight, detect, in_whole
+from rayllava.checkpoint.layouts import LAYOUTS, TABLES, Found, Part, Weight, detect, in_whole
 from rayllava.checkpoint.manifest import read_model_manifest
 from rayllava.checkpoint.parts import read_llm_config, read_tower_config
 from rayllava.checkpoint.remap import REMAPS
@@ -41,8 +41,6 @@ class Outline:
 Words = Mapping[Part, dict[str, Any]]
 """What config.json says, by part."""
 
-TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
-"""Their rows are the vocabulary, which ours pads and others do not."""
 _CURE = {
     "projector": "give the model.llm and model.vision it was trained with; a projector has two layers here",
     "llm": "give the model.llm it was trained with",

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,9 +63,18 @@ def llm_config(folder: Path, *, family: str) -> Any:
 def llm_config_of(words: dict[str, Any]) -> Any:
     """Return transformers' config of a language model whose config.json says `words`."""
     if remap := REMAPS.get(words["model_type"]):
-        return getattr(transformers, remap.to).config_class(**remap.config(words))
-    kind = transformers.CONFIG_MAPPING[words["model_type"]]
-    return kind.from_dict(words)
+        return _config(getattr(transformers, remap.to).config_class, remap.config(words))
+    return _config(transformers.CONFIG_MAPPING[words["model_type"]], words)
+
+
+def _config(kind: Any, words: dict[str, Any]) -> Any:
+    """Return transformers' config of a kind; ValueError when what config.json says cannot be."""
+    try:
+        return kind.from_dict(words)
+    except (StrictDataclassError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"a config of {words.get('model_type')} is damaged: {' '.join(str(error).split())}"
+        ) from error
 
 
 def tower_config(folder: Path, *, size: int | None = None) -> Any:
@@ -74,9 +84,9 @@ def tower_config(folder: Path, *, size: int | None = None) -> Any:
     if is_whole(folder):
         config = LAYOUTS["hf"].read(folder).config.vision_config
     elif remap := REMAPS.get(words["model_type"]):
-        config = kind(**remap.config(words))
+        config = _config(kind, remap.config(words))
     else:
-        config = kind.from_pretrained(folder)
+        config = _config(kind, words.get("vision_config", words))
     if size is not None:
         config.image_size = size if isinstance(config.image_size, int) else type(config.image_size)((size, size))
     return config

@@ -3,12 +3,13 @@
 tokenizer.json                      is taken as it is: it is what the model was trained with
 tokenizer.model (SentencePiece)     is converted here, without any code of the model's repository
     + <image>, and <pad> where the model has no pad token of its own
-    -> OUT/tokenizer.json, tokenizer_config.json, special_tokens_map.json
+    -> OUT/tokenizer.json, tokenizer_config.json, special_tokens_map.json, tokenizer.model where there is one
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,6 +47,8 @@ def assemble(
     known = [text for text in roles.values() if _knows(tokenizer, text)]
     _add_controls(tokenizer, [IMAGE_MARK, roles["pad_token"], *known])
     _save(tokenizer, roles, config, out_dir)
+    if (llm_dir / "tokenizer.model").is_file():  # what a conversion back gives, and what llama.cpp takes scores from
+        shutil.copyfile(llm_dir / "tokenizer.model", out_dir / "tokenizer.model")
     ids = {role: tokenizer.token_to_id(text) for role, text in roles.items()}
     stops = [ids["eos_token"], *map(tokenizer.token_to_id, (*family.stop_tokens, template.stop.strip()))]
     return ProcessorSpec(

@@ -8,7 +8,7 @@ import time
 import torch
 
 from rayllava import copies
-from rayllava.checkpoint.layouts import LAYOUTS, StoredModel
+from rayllava.checkpoint.layouts import StoredModel, write
 from rayllava.checkpoint.manifest import ModelManifest
 from rayllava.families import FAMILIES
 from rayllava.model.build import result
@@ -27,7 +27,8 @@ def export(run: Place) -> ModelManifest:
     assert trained.recipe.model is not None
     family = trained.recipe.model.family
     tokenizer_dir = copies.local(run / "tokenizer")
-    stored = StoredModel.of(llava, tokenizer_dir).cast(getattr(torch, trained.recipe.scale.dtype))
+    stored = StoredModel.of(llava, tokenizer_dir, num_own_rows=llava.num_own_rows)
+    stored = stored.cast(getattr(torch, trained.recipe.scale.dtype))
     manifest = ModelManifest(
         processor=answering(trained.processor, family),
         family=family,
@@ -38,7 +39,7 @@ def export(run: Place) -> ModelManifest:
         versions=trained.versions,
     )
     with run.scratch() as folder:
-        manifest = LAYOUTS["hf"].write(folder / "export", stored, manifest)
+        manifest = write("hf", folder / "export", stored, manifest)
         (run / "export").take_dir(folder / "export", last="manifest.json")
     return manifest
 

@@ -1,7 +1,7 @@
 """Layouts of checkpoints, one file each.
 
-    folder          --detect--> Layout --read--> StoredModel --write--> folder in another layout   a whole model
-    folder or file  --detect--> Layout --open--> Found                                             what it holds
+    folder          --detect--> Layout --read--> StoredModel --carry, fill--> folder in another layout   a whole model
+    folder or file  --detect--> Layout --open--> Found                                                   what it holds
 
 Tensors of a StoredModel carry canonical names between any two layouts: the parameter names of transformers'
 LlavaForConditionalGeneration in memory (`model.language_model.*`, `lm_head.weight`, ...). Those of a Found are named
@@ -10,14 +10,16 @@ part by part, since what they become depends on the language model and tower tha
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
-from rayllava.checkpoint.manifest import ModelManifest
-from rayllava.checkpoint.weights import Computed, Held, open_weights
+from rayllava import durable
+from rayllava.checkpoint.manifest import ModelManifest, write_model_manifest
+from rayllava.checkpoint.weights import Computed, Held, dtype_name, open_weights, trail_of
 from rayllava.recipe import ProcessorSpec
 from rayllava.shelf import Shelf
 
@@ -38,12 +40,14 @@ class StoredModel:
     """A folder that transformers reads a tokenizer from."""
     dtype: torch.dtype
     """Of the language model's tensors."""
+    num_own_rows: int
+    """Rows of the vocabulary that the language model came with; those beyond are new tokens and padding."""
 
     @classmethod
-    def of(cls, llava: Any, tokenizer_dir: Path) -> StoredModel:
+    def of(cls, llava: Any, tokenizer_dir: Path, *, num_own_rows: int) -> StoredModel:
         """Return a model in memory as if it were stored; its weights are float, not quantized."""
         weights = {name: _in_memory(tensor) for name, tensor in llava.state_dict().items()}
-        return cls(llava.config, weights, tokenizer_dir, llava.lm_head.weight.dtype)
+        return cls(llava.config, weights, tokenizer_dir, llava.lm_head.weight.dtype, num_own_rows)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (canonical name, tensor), one of them in memory at a time."""
@@ -54,19 +58,52 @@ class StoredModel:
         weights = {name: _cast(held, dtype) for name, held in self.weights.items()}
         return dataclasses.replace(self, weights=weights, dtype=dtype)
 
+    def own_rows(self) -> StoredModel:
+        """Return the model without the rows of its vocabulary that were added."""
+        config = copy.deepcopy(self.config)
+        config.text_config.vocab_size = rows = self.num_own_rows
+        weights = {name: _cut(held, rows) if name in TABLES else held for name, held in self.weights.items()}
+        return dataclasses.replace(self, config=config, weights=weights)
+
+    def watched(self, seen: Callable[[Held], None]) -> StoredModel:
+        """Return the model that says which tensors were read, each when it was."""
+        return dataclasses.replace(self, weights={name: _told(held, seen) for name, held in self.weights.items()})
+
 
 def _in_memory(tensor: Tensor) -> Held:
-    return Computed(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    return Computed(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach())
+
+
+def _cut(held: Held, rows: int) -> Held:
+    if held.shape[0] == rows:
+        return held
+    trail = trail_of(held, f"first {rows} rows")
+    return Computed((rows, *held.shape[1:]), held.dtype, lambda: held.read()[:rows], trail)
+
+
+def _told(held: Held, seen: Callable[[Held], None]) -> Held:
+    def make() -> Tensor:
+        tensor = held.read()
+        seen(held)
+        return tensor
+
+    return Computed(held.shape, held.dtype, make, trail_of(held))
 
 
 def _cast(held: Held, dtype: torch.dtype) -> Held:
-    if not held.dtype.is_floating_point:
+    if not held.dtype.is_floating_point or held.dtype == dtype:
         return held
-    return Computed(held.shape, dtype, lambda: held.read().to(dtype))
+    return Computed(held.shape, dtype, lambda: held.read().to(dtype), trail_of(held, f"to {dtype_name(dtype)}"))
 
+
+TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+"""Their rows are the vocabulary, which some layouts pad and others do not."""
+
+ROUNDING = {"": 1e-5, "float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
+"""Types that a layout writes, an empty one for tensors as they are, and how far that may move a logit: a share of the
+largest one."""
 
 Part = Literal["llm", "vision", "projector"]
-
 
 _PARTS: tuple[tuple[str, Part, str], ...] = (
     ("model.language_model.", "llm", "model."),
@@ -127,10 +164,33 @@ class Open(Protocol):
     def __call__(self, path: Path, *, field: str = "MODEL") -> Found: ...
 
 
-class Write(Protocol):
-    """Make `folder`, whole or not at all, and return its manifest with the digests of what was written."""
+class Say(Protocol):
+    """Return what a checkpoint says of its parts; `scratch` is a folder for what others read in another form."""
 
-    def __call__(self, folder: Path, stored: StoredModel, manifest: ModelManifest) -> ModelManifest: ...
+    def __call__(self, path: Path, scratch: Path) -> Own: ...
+
+
+class Carry(Protocol):
+    """Return a model as a folder of this layout gives it back, its tensors rounded to `dtype` if that is set.
+
+    Raises ValueError, saying why, when the layout cannot hold it.
+    """
+
+    def __call__(self, stored: StoredModel, dtype: str | None) -> StoredModel: ...
+
+
+class Named(Protocol):
+    """Return the tensors that are written, by their names in the files; `dtype` and errors as in Carry."""
+
+    def __call__(self, stored: StoredModel, dtype: str | None) -> dict[str, Held]: ...
+
+
+class Fill(Protocol):
+    """Write a model into an empty folder and return the digest of every file with tensors, by its name there."""
+
+    def __call__(
+        self, folder: Path, stored: StoredModel, manifest: ModelManifest, dtype: str | None
+    ) -> dict[str, str]: ...
 
 
 class Describe(Protocol):
@@ -150,12 +210,15 @@ def cannot_read(folder: Path) -> NoReturn:
     )
 
 
-def says_nothing(path: Path) -> Own:
+def says_nothing(path: Path, scratch: Path) -> Own:
     return Own()
 
 
-def cannot_write(folder: Path, stored: StoredModel, manifest: ModelManifest) -> NoReturn:
-    raise ValueError(f"{folder} cannot be written in this layout yet")
+def rounded(stored: StoredModel, dtype: str | None) -> StoredModel:
+    """Return a model with its tensors rounded, and otherwise as it is."""
+    import torch
+
+    return stored.cast(getattr(torch, dtype)) if dtype else stored
 
 
 def cannot_describe(folder: Path, stored: StoredModel, *, template: str, aspect: str | None = None) -> NoReturn:
@@ -169,20 +232,36 @@ class Layout:
     detect: Callable[[Path], bool]
     """Whether a folder, or a file, has this layout, judged by content, never by name."""
     open: Open
-    own: Callable[[Path], Own] = says_nothing
-    """What a checkpoint says of its parts."""
+    named: Named
+    fill: Fill
+    own: Say = says_nothing
     read: Callable[[Path], StoredModel] = cannot_read
     """Only where a folder is a whole model; others are put together of parts, see rayllava.model.compose."""
-    write: Write = cannot_write
+    carry: Carry = rounded
     describe: Describe = cannot_describe
+    rounding: Mapping[str, float] = field(default_factory=lambda: ROUNDING)
+    """As ROUNDING, of this layout."""
 
 
 LAYOUTS = Shelf(__name__, Layout)
 
 
-def writable() -> list[str]:
-    """Return the keys of layouts that models are written in."""
-    return [key for key, layout in LAYOUTS.items() if layout.write is not cannot_write]
+def write(
+    key: str, folder: Path, stored: StoredModel, manifest: ModelManifest, *, dtype: str | None = None
+) -> ModelManifest:
+    """Make `folder`, whole or not at all, in the layout of that key and return its manifest."""
+    with durable.new_dir(folder) as beside:
+        return fill(key, beside, stored, manifest, dtype=dtype)
+
+
+def fill(
+    key: str, folder: Path, stored: StoredModel, manifest: ModelManifest, *, dtype: str | None = None
+) -> ModelManifest:
+    """Write a model into an empty folder in the layout of that key and return its manifest, which lies there too."""
+    files = LAYOUTS[key].fill(folder, stored, manifest, dtype)
+    manifest = manifest.but(layout=key, files=files, num_own_rows=stored.num_own_rows)
+    write_model_manifest(folder, manifest)
+    return manifest
 
 
 def detect(path: Path, *, field: str = "MODEL") -> str:

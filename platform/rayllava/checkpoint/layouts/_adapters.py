@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayllava.checkpoint.weights import Computed, Held, open_weights, read_config
+from rayllava.checkpoint.weights import Computed, Held, open_weights, read_config, trail_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,7 @@ def _product(down: Held, up: Held, scale: Scale) -> Held:
     def make() -> Tensor:
         return scale.at(down.shape[0]) * (up.read().float() @ down.read().float())
 
-    return Computed((up.shape[0], down.shape[1]), torch.float32, make)
+    return Computed((up.shape[0], down.shape[1]), torch.float32, make, trail_of(down))
 
 
 def read_adapter(folder: Path) -> tuple[list[Path], list[tuple[str, str, Held]]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayllava import durable
-from rayllava.checkpoint.layouts._hf_chat import chat_template
+from rayllava.checkpoint.layouts._chat_words import chat_template
 from rayllava.recipe import ProcessorSpec
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def write_prompt(folder: Path, stored: StoredModel, spec: ProcessorSpec) -> None
             "num_additional_image_tokens": int(_has_class_token(config)),
         },
     )
-    durable.write_json(folder / "preprocessor_config.json", _preprocessor(spec))
+    durable.write_json(folder / "preprocessor_config.json", preprocessor(spec))
     durable.write_json(
         folder / "generation_config.json",
         {
@@ -105,7 +105,22 @@ def describe(folder: Path, stored: StoredModel, *, template: str, aspect: str | 
     )
 
 
-def _preprocessor(spec: ProcessorSpec) -> dict[str, Any]:
+def own_rows(folder: Path, rows: int) -> int:
+    """Return how many rows of a vocabulary with `rows` were there before a folder's converter added tokens.
+
+    The converters of transformers and XTuner put <image> and <pad> behind all others, and XTuner an <unk> before
+    them where there was none.
+    """
+    tokenizer = _read_json(folder / "tokenizer.json") or {}
+    ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    new = [ids[text] for text in ("<image>", "<pad>") if text in ids]
+    first, before = min(new, default=rows), len(tokenizer.get("model", {}).get("vocab", ()))
+    if any(first <= id_ for id_ in ids.values() if id_ not in new):
+        return rows
+    return first - (ids.get("<unk>") == first - 1 >= before)
+
+
+def preprocessor(spec: ProcessorSpec) -> dict[str, Any]:
     made = {
         "image_processor_type": "LlavaImageProcessor" if spec.aspect == "pad" else "CLIPImageProcessor",
         "processor_class": "LlavaProcessor",

@@ -16,3 +16,9 @@ def projector_name(name: str) -> str:
     if match is None or int(match[1]) % 2:
         return name
     return f"linear_{int(match[1]) // 2 + 1}.{match[2]}"
+
+
+def sequence_name(name: str) -> str:
+    """Return the name of a projector's tensor in a sequence of layers: the inverse of `projector_name`."""
+    layer, _, kind = name.removeprefix("linear_").partition(".")
+    return f"{2 * (int(layer) - 1)}.{kind}"

@@ -12,38 +12,20 @@ a model that was built in memory is read by transformers 5 alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rayllava import durable
-from rayllava.checkpoint.layouts import Found, Layout, StoredModel, Weight, part_of
+from rayllava.checkpoint.layouts import Found, Layout, StoredModel, Weight, part_of, rounded
 from rayllava.checkpoint.layouts._hf_names import canonical, published
-from rayllava.checkpoint.layouts._hf_prompt import describe, write_prompt
-from rayllava.checkpoint.manifest import ModelManifest, write_model_manifest
-from rayllava.checkpoint.weights import Held, open_weights, read_config, weight_files
+from rayllava.checkpoint.layouts._hf_prompt import describe, own_rows, write_prompt
+from rayllava.checkpoint.layouts._words import part_words
+from rayllava.checkpoint.manifest import ModelManifest
+from rayllava.checkpoint.shards import write_weights
+from rayllava.checkpoint.weights import Held, dtype_name, open_weights, read_config, weight_files
 from rayllava.recipe import ProcessorSpec
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 log = logging.getLogger(__name__)
-
-MAX_SHARD_BYTES = 4_000_000_000
-
-_NOISE = (
-    "_name_or_path",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "return_dict",
-    "output_attentions",
-    "output_hidden_states",
-    "chunk_size_feed_forward",
-    "is_encoder_decoder",
-    "use_cache",
-)
-"""What a config object carries along and no reader of a LLaVA needs."""
 
 
 def detect(folder: Path) -> bool:
@@ -60,8 +42,15 @@ def read(folder: Path) -> StoredModel:
     held = {name: tensor for name, _, tensor in _open(folder)}
     config: Any = LlavaConfig.from_pretrained(folder)
     # transformers 4.37's converter wrote a vocabulary 64 larger than the tensors.
-    config.text_config.vocab_size = held[_EMBED].shape[0]
-    return StoredModel(config, held, tokenizer_dir=folder, dtype=held[_EMBED].dtype)
+    rows = held[_EMBED].shape[0]
+    config.text_config.vocab_size = rows
+    return StoredModel(
+        config,
+        held,
+        tokenizer_dir=folder,
+        dtype=held[_EMBED].dtype,
+        num_own_rows=read_config(folder, "manifest.json").get("num_own_rows") or own_rows(folder, rows),
+    )
 
 
 def find(path: Path, *, field: str = "MODEL") -> Found:
@@ -70,18 +59,20 @@ def find(path: Path, *, field: str = "MODEL") -> Found:
     return Found(tuple(weight_files(path, field=field)), tuple(weights), translated=True)
 
 
-def write(
-    folder: Path, stored: StoredModel, manifest: ModelManifest, *, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> ModelManifest:
-    """Make `folder`, whole or not at all, and return its manifest with the digests of the tensors."""
-    with durable.new_dir(folder) as beside:
-        names = _write_tensors(beside, stored, max_shard_bytes)
-        durable.write_json(beside / "config.json", _config_json(stored, manifest.processor))
-        write_prompt(beside, stored, manifest.processor)
-        manifest = manifest.but(layout="hf", files={name: durable.digest(beside / name) for name in names})
-        write_model_manifest(beside, manifest)
-    log.info("wrote %s: %d files with tensors, %s", folder, len(names), str(stored.dtype).removeprefix("torch."))
-    return manifest
+def named(stored: StoredModel, dtype: str | None) -> dict[str, Held]:
+    """Return the tensors under the names that every reader knows."""
+    tower = stored.config.vision_config.model_type
+    return {published(name, tower): held for name, held in _checked(rounded(stored, dtype)).items()}
+
+
+def fill(folder: Path, stored: StoredModel, manifest: ModelManifest, dtype: str | None) -> dict[str, str]:
+    """Write a whole model."""
+    files = write_weights(folder, named(stored, dtype))
+    stored = rounded(stored, dtype)
+    durable.write_json(folder / "config.json", _config_json(stored, manifest.processor))
+    write_prompt(folder, stored, manifest.processor)
+    log.info("wrote %d files with tensors, %s", len(files), dtype_name(stored.dtype))
+    return files
 
 
 _EMBED = "model.language_model.embed_tokens.weight"
@@ -102,75 +93,29 @@ def _open(folder: Path, *, field: str = "MODEL") -> list[tuple[str, str, Held]]:
     return [(name, said, held) for name, (said, held) in found.items()]
 
 
-def _write_tensors(folder: Path, stored: StoredModel, max_shard_bytes: int) -> list[str]:
-    """Write the safetensors files, and an index when there are several; return their names."""
-    from safetensors.torch import save_file
-
-    tower = stored.config.vision_config.model_type
-    shards: list[list[str]] = []
-    num_bytes = 0
-    for shard in _shards(_checked(stored), max_shard_bytes):
-        named = {published(name, tower): tensor.contiguous() for name, tensor in shard}
-        save_file(named, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(sorted(named))
-        num_bytes += sum(t.numel() * t.element_size() for t in named.values())
-    if len(shards) == 1:
-        (folder / "0.safetensors").rename(folder / "model.safetensors")
-        return ["model.safetensors"]
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for number, name in enumerate(names):
-        (folder / f"{number}.safetensors").rename(folder / name)
-    weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-    index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    durable.write_json(folder / "model.safetensors.index.json", index)
-    return names
-
-
-def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Group tensors so that no group but that of a single giant exceeds `max_bytes`."""
-    shard: list[tuple[str, Tensor]] = []
-    num_bytes = 0
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if shard and num_bytes + size > max_bytes:
-            yield shard
-            shard, num_bytes = [], 0
-        shard.append((name, tensor))
-        num_bytes += size
-    yield shard
-
-
-def _checked(stored: StoredModel) -> Iterator[tuple[str, Tensor]]:
-    """Stream the tensors a file holds; a name or shape that is not the config's model's is an error."""
+def _checked(stored: StoredModel) -> dict[str, Held]:
+    """Return the tensors a file holds; a name or shape that is not the config's model's is an error."""
     import torch
     from transformers import LlavaForConditionalGeneration
 
     with torch.device("meta"):
         expected = {n: tuple(t.shape) for n, t in LlavaForConditionalGeneration(stored.config).state_dict().items()}
-    tied = stored.config.tie_word_embeddings
-    left = dict(expected)
-    for name, tensor in stored.tensors():
-        if tied and name == "lm_head.weight":
-            continue
-        if left.pop(name, None) != tuple(tensor.shape):
-            raise ValueError(
-                f"tensor {name} {tuple(tensor.shape)} does not fit the config, which says {expected.get(name)}"
-            )
-        yield name, tensor.detach()
-    if tied:
-        left.pop("lm_head.weight", None)
-    if left:
-        raise ValueError(f"{len(left)} tensors are missing, {next(iter(left))} first")
+    left_out = {"lm_head.weight"} if stored.config.tie_word_embeddings else set()
+    weights = {name: held for name, held in stored.weights.items() if name not in left_out}
+    for name, held in weights.items():
+        if expected.get(name) != held.shape:
+            raise ValueError(f"tensor {name} {held.shape} does not fit the config, which says {expected.get(name)}")
+    if left := sorted(expected.keys() - weights.keys() - left_out):
+        raise ValueError(f"{len(left)} tensors are missing, {left[0]} first")
+    return weights
 
 
 def _config_json(stored: StoredModel, spec: ProcessorSpec) -> dict[str, Any]:
     """Return config.json in words that transformers 4 and 5 both read."""
-    config = stored.config.to_dict()
-    text = config["text_config"]
-    for part in (config, text, config["vision_config"]):
-        for key in _NOISE:
-            part.pop(key, None)
-        part["dtype"] = part["torch_dtype"] = str(stored.dtype).removeprefix("torch.")
+    dtype = dtype_name(stored.dtype)
+    config = part_words(stored.config, dtype)
+    text = config["text_config"] = part_words(stored.config.text_config, dtype)
+    config["vision_config"] = part_words(stored.config.vision_config, dtype)
     config |= {
         "architectures": ["LlavaForConditionalGeneration"],
         "vocab_size": text["vocab_size"],
@@ -179,12 +124,7 @@ def _config_json(stored: StoredModel, spec: ProcessorSpec) -> dict[str, Any]:
         "pad_token_id": spec.pad_token_id,
     }
     config.pop("image_token_id", None)
-    rope = text.get("rope_parameters")
-    if rope and "rope_theta" in rope:  # transformers 4 would silently take 10000
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        text["rope_theta"] = rope["rope_theta"]
-        text["rope_scaling"] = None if scaling.get("rope_type") == "default" else scaling
     return config
 
 
-PLUG = Layout(detect=detect, open=find, read=read, write=write, describe=describe)
+PLUG = Layout(detect=detect, open=find, named=named, fill=fill, read=read, describe=describe)

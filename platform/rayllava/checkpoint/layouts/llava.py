@@ -1,4 +1,4 @@
-"""LLaVA's own layout (haotian-liu/LLaVA, and InternVL's fork of it), read only.
+"""LLaVA's own layout (haotian-liu/LLaVA, and InternVL's fork of it).
 
 mm_projector.bin                                stage 1: a folder that holds it, or the file itself
 config.json  *.safetensors | *.bin              a whole model: `mm_vision_tower` in its config.json
@@ -7,6 +7,9 @@ adapter_model.*  non_lora_trainables.bin        adapters on the language model, 
 model.layers.*  lm_head.weight                  language model
 model.mm_projector.0.weight                     projector
 model.vision_tower.vision_tower.*               tower: counts only if `unfreeze_mm_vision_tower` says so
+
+What is written is a whole model that holds its tower. LLaVA's loader asks for the tower's own folder or hub id all
+the same, and takes its shape from there: vision_tower/ in the model's, unless the tower has a published name.
 """
 
 from __future__ import annotations
@@ -14,19 +17,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from rayllava.checkpoint.layouts import Found, Layout, Own, Weight
+from rayllava import durable
+from rayllava.checkpoint.layouts import Found, Layout, Own, StoredModel, Weight, part_of, rounded
 from rayllava.checkpoint.layouts._adapters import read_adapter
 from rayllava.checkpoint.layouts._hf_names import COMPUTED
-from rayllava.checkpoint.layouts._projector import projector_name
-from rayllava.checkpoint.weights import Held, has_weights, open_weights, read_config, weight_files
+from rayllava.checkpoint.layouts._hf_prompt import preprocessor
+from rayllava.checkpoint.layouts._llama import as_llama, check_clip
+from rayllava.checkpoint.layouts._own_tokenizer import write_own_tokenizer
+from rayllava.checkpoint.layouts._projector import projector_name, sequence_name
+from rayllava.checkpoint.layouts._words import llm_words, part_words
+from rayllava.checkpoint.manifest import ModelManifest
+from rayllava.checkpoint.shards import write_weights
+from rayllava.checkpoint.weights import Held, dtype_name, has_weights, open_weights, read_config, weight_files
 
 log = logging.getLogger(__name__)
 
 _PROJECTOR = "mm_projector.bin"
 _TRAINED = "non_lora_trainables.bin"
 _TOWER = "vision_tower.vision_tower."
+_BESIDE = "vision_tower"
+"""Folder of the tower in one that we wrote."""
 
 _ASPECTS: dict[str, Literal["pad", "crop"]] = {"pad": "pad", "square": "crop"}
 _SELECTS: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
@@ -57,7 +69,7 @@ def find(path: Path, *, field: str = "MODEL") -> Found:
     return Found((path / "config.json", *files), tuple(weights))
 
 
-def own(path: Path) -> Own:
+def own(path: Path, scratch: Path) -> Own:
     """Return what config.json says: how the tower is used, and the language model unless only adapters are there."""
     folder = path if path.is_dir() else path.parent
     config = read_config(folder)
@@ -67,13 +79,97 @@ def own(path: Path) -> Own:
         raise ValueError(f"{folder} was trained with {said}, which is not done here; a model of LLaVA 1.5 is wanted")
     whole = path.is_dir() and has_weights(path)
     words = {key: value for key, value in config.items() if not key.startswith(("mm_", "image_", "tokenizer_"))}
+    beside = folder / _BESIDE
     return Own(
         llm=path if whole else None,
         words=words | {"model_type": "llama"} if whole else None,
+        vision=beside if (beside / "config.json").is_file() else None,
         tower=config.get("mm_vision_tower") or "",
         layer=config.get("mm_vision_select_layer", -2),
         select=_SELECTS[select],
         aspect=_ASPECTS[aspect],
+    )
+
+
+def carry(stored: StoredModel, dtype: str | None) -> StoredModel:
+    """Return a model as LLaVA's folders hold it: a Llama with its own rows, and a CLIP."""
+    check_clip(stored, layout="llava", why="LLaVA's code builds no other, and names others by their folder")
+    return as_llama(rounded(stored, dtype), layout="llava").own_rows()
+
+
+def named(stored: StoredModel, dtype: str | None) -> dict[str, Held]:
+    """Return the tensors of a whole model under LLaVA's names."""
+    held = carry(stored, dtype)
+    return {_said(name): one for name, one in held.weights.items() if not _tied(name, held)}
+
+
+def fill(folder: Path, stored: StoredModel, manifest: ModelManifest, dtype: str | None) -> dict[str, str]:
+    """Write a whole model, its tower included."""
+    held, spec = carry(stored, dtype), manifest.processor
+    config, tower = held.config, held.config.vision_config
+    files = write_weights(folder, named(stored, dtype))
+    ids = write_own_tokenizer(folder, held, spec)
+    name = tower_id(manifest, tower)
+    words = llm_words(config.text_config, dtype_name(held.dtype)) | {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "mm_vision_tower": name or _BESIDE,
+        "mm_projector_type": f"mlp{_depth(held)}x_gelu",
+        "mm_hidden_size": tower.hidden_size,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": {ours: theirs for theirs, ours in _SELECTS.items()}[
+            config.vision_feature_select_strategy
+        ],
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": {ours: theirs for theirs, ours in _ASPECTS.items()}[spec.aspect],
+        "use_mm_proj": True,
+        "unfreeze_mm_vision_tower": True,
+        "tokenizer_padding_side": "right",
+        "tokenizer_model_max_length": spec.max_length,
+        "pad_token_id": ids.get("pad_token", ids.get("unk_token", spec.eos_token_id)),
+    }
+    durable.write_json(folder / "config.json", words)
+    ends = [id_ for id_ in spec.stop_token_ids if id_ < held.num_own_rows]
+    begins = {"bos_token_id": spec.bos_token_id, "eos_token_id": ends, "pad_token_id": words["pad_token_id"]}
+    durable.write_json(folder / "generation_config.json", begins)
+    durable.write_json(folder / "preprocessor_config.json", preprocessor(spec.but(aspect="crop")))
+    beside = folder / _BESIDE
+    beside.mkdir()
+    said = part_words(tower, dtype_name(held.dtype)) | {"architectures": ["CLIPVisionModel"]}
+    durable.write_json(beside / "config.json", said)
+    durable.write_json(beside / "preprocessor_config.json", preprocessor(spec.but(aspect="crop")))
+    if not name:
+        prefix = "model.vision_tower."
+        parts = {n.replace(prefix, "vision_model."): one for n, one in held.weights.items() if n.startswith(prefix)}
+        write_weights(beside, parts)
+    return files
+
+
+def tower_id(manifest: ModelManifest, tower: Any) -> str:
+    """Return the hub id under which a tower of this shape is published, empty when there is none that we know."""
+    shape = (tower.hidden_size, tower.num_hidden_layers, tower.image_size, tower.patch_size)
+    known = "openai/clip-vit-large-patch14-336"
+    said = manifest.parts.get("vision", "")
+    return said or (known if shape == (1024, 24, 336, 14) else "")
+
+
+def _said(name: str) -> str:
+    """Return what LLaVA calls a tensor."""
+    part, inner = part_of(name)
+    if part == "projector":
+        return f"model.mm_projector.{sequence_name(inner)}"
+    return f"model.{_TOWER}vision_model.{inner}" if part == "vision" else inner
+
+
+def _tied(name: str, stored: StoredModel) -> bool:
+    return name == "lm_head.weight" and stored.config.text_config.tie_word_embeddings
+
+
+def _depth(stored: StoredModel) -> int:
+    return sum(
+        name.startswith("model.multi_modal_projector.") and name.endswith(".weight") for name in stored.weights
     )
 
 
@@ -104,4 +200,4 @@ def _names(path: Path) -> list[str]:
         return []
 
 
-PLUG = Layout(detect=detect, open=find, own=own)
+PLUG = Layout(detect=detect, open=find, named=named, fill=fill, own=own, carry=carry)

@@ -1,4 +1,4 @@
-"""XTuner's layouts, read only.
+"""XTuner's layouts.
 
 iter_2181.pth                                   a training checkpoint of mmengine: what trained, and much else
 projector/  llm_adapter/  visual_encoder_adapter/  visual_encoder/  *.safetensors
@@ -8,19 +8,31 @@ config.json  model.safetensors                  its projector/ alone
 llm.model.layers.*                  model.layers.*             language model
 visual_encoder.vision_model.*       vision_model.*             tower
 projector.model.0.weight            model.0.weight             projector
+
+What is written is a LLaVA folder that holds every part whole.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rayllava.checkpoint.layouts import Found, Layout, Own, Part, Weight
+from rayllava import durable
+from rayllava.checkpoint.layouts import Found, Layout, Own, Part, StoredModel, Weight, part_of, rounded
 from rayllava.checkpoint.layouts._adapters import Scale, is_adapter, products, read_adapter
 from rayllava.checkpoint.layouts._hf_names import COMPUTED
-from rayllava.checkpoint.layouts._projector import projector_name
-from rayllava.checkpoint.weights import Held, has_weights, open_weights, read_config, weight_files
+from rayllava.checkpoint.layouts._hf_prompt import preprocessor
+from rayllava.checkpoint.layouts._llama import check_clip
+from rayllava.checkpoint.layouts._own_tokenizer import write_own_tokenizer
+from rayllava.checkpoint.layouts._projector import projector_name, sequence_name
+from rayllava.checkpoint.layouts._words import llm_words, part_words
+from rayllava.checkpoint.manifest import ModelManifest
+from rayllava.checkpoint.shards import write_weights
+from rayllava.checkpoint.weights import Held, dtype_name, has_weights, open_weights, read_config, weight_files
+
+log = logging.getLogger(__name__)
 
 _PREFIXES: tuple[tuple[str, Part, str], ...] = (
     ("llm.", "llm", "llm_lora"),
@@ -71,7 +83,7 @@ def find(path: Path, *, field: str = "MODEL") -> Found:
     return Found(tuple(files), tuple(weights))
 
 
-def own(path: Path) -> Own:
+def own(path: Path, scratch: Path) -> Own:
     """Return what a folder says of the parts that were trained as a whole; a .pth says nothing."""
     vision = path / "visual_encoder"
     whole = has_weights(path) and not _is_projector(path)
@@ -79,7 +91,92 @@ def own(path: Path) -> Own:
         llm=path if whole else None,
         words=read_config(path) if whole else None,
         vision=vision if vision.is_dir() else None,
+        layer=read_config(path / "projector").get("visual_select_layer", -2),
     )
+
+
+def carry(stored: StoredModel, dtype: str | None) -> StoredModel:
+    """Return a model as XTuner's folders hold it: the language model with its own rows, and a CLIP."""
+    check_clip(stored, layout="xtuner", why="XTuner's code builds no other")
+    config = stored.config
+    if config.vision_feature_select_strategy != "default":
+        raise ValueError(
+            "to=xtuner: this model takes the class token along, which XTuner's code always drops; use to=hf"
+        )
+    if config.vision_feature_layer != -2:
+        log.warning("ask XTuner for this model with --visual-select-layer %d", config.vision_feature_layer)
+    return rounded(stored, dtype).own_rows()
+
+
+def named(stored: StoredModel, dtype: str | None) -> dict[str, Held]:
+    """Return the tensors of all parts, each behind its folder."""
+    inside = {"llm": "", "vision": "visual_encoder/", "projector": "projector/"}
+    parts = _parts(carry(stored, dtype))
+    return {f"{inside[part]}{name}": one for part, tensors in parts.items() for name, one in tensors.items()}
+
+
+def fill(folder: Path, stored: StoredModel, manifest: ModelManifest, dtype: str | None) -> dict[str, str]:
+    """Write a folder that holds every part whole."""
+    held, spec = carry(stored, dtype), manifest.processor
+    text, tower = held.config.text_config, held.config.vision_config
+    parts = _parts(held)
+    ids = write_own_tokenizer(folder, held, spec)
+    durable.write_json(folder / "config.json", llm_words(text, dtype_name(held.dtype)))
+    ends = [id_ for id_ in spec.stop_token_ids if id_ < held.num_own_rows]
+    begins = {"bos_token_id": spec.bos_token_id, "eos_token_id": ends, "pad_token_id": ids.get("pad_token")}
+    durable.write_json(folder / "generation_config.json", begins)
+    files = write_weights(folder, parts["llm"])
+
+    inner: tuple[tuple[str, Part, dict[str, object]], ...] = (
+        (
+            "visual_encoder",
+            "vision",
+            part_words(tower, dtype_name(parts["vision"]["vision_model.embeddings.class_embedding"].dtype))
+            | {"architectures": ["CLIPVisionModel"]},
+        ),
+        ("projector", "projector", _projector_words(parts["projector"], held.config.vision_feature_layer)),
+    )
+    for name, part, words in inner:
+        inside = folder / name
+        inside.mkdir()
+        tensors = parts[part]
+        durable.write_json(inside / "config.json", words)
+        files |= {f"{name}/{file}": digest for file, digest in write_weights(inside, tensors).items()}
+    durable.write_json(folder / "visual_encoder" / "preprocessor_config.json", preprocessor(spec.but(aspect="crop")))
+    return files
+
+
+def _parts(held: StoredModel) -> dict[Part, dict[str, Held]]:
+    """Return what each part's files hold."""
+    parts: dict[Part, dict[str, Held]] = {"llm": {}, "vision": {}, "projector": {}}
+    for name, one in held.weights.items():
+        part, inner = part_of(name)
+        if not (name == "lm_head.weight" and held.config.text_config.tie_word_embeddings):
+            parts[part][_SAID[part](inner)] = one
+    return parts
+
+
+_SAID = {
+    "llm": lambda name: name,
+    "vision": lambda name: f"vision_model.{name}",
+    "projector": lambda name: f"model.{sequence_name(name)}",
+}
+"""What XTuner calls a part's tensor."""
+
+
+def _projector_words(tensors: dict[str, Held], layer: int) -> dict[str, object]:
+    wide, narrow = tensors["model.0.weight"].shape
+    return {
+        "architectures": ["ProjectorModel"],
+        "model_type": "projector",
+        "visual_hidden_size": narrow,
+        "llm_hidden_size": wide,
+        "depth": sum(name.endswith(".weight") for name in tensors),
+        "hidden_act": "gelu",
+        "bias": True,
+        "torch_dtype": dtype_name(tensors["model.0.weight"].dtype),
+        "visual_select_layer": layer,  # ours: XTuner is told by a flag, and takes -2 without one
+    }
 
 
 def _of_training(path: Path) -> Iterator[Weight]:
@@ -145,4 +242,4 @@ def _is_sharded(folder: Path) -> bool:
     return any(folder.glob("*mp_rank_00_model_states.pt"))
 
 
-PLUG = Layout(detect=detect, open=find, own=own)
+PLUG = Layout(detect=detect, open=find, named=named, fill=fill, own=own, carry=carry)

@@ -1,0 +1,118 @@
+"""A dialogue on a terminal: lines go in, pieces of text come out.
+
+a question        asked, with the pictures that were given before it
+/image FILE       a picture for the next question: a file, or a data: URL
+/regen            the last question again
+/reset            forgets the dialogue and its pictures
+/system TEXT      begins anew under another system text; none: the template's own
+/save FILE        writes the dialogue as JSON
+/help, /quit
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rayllava import durable
+from rayllava.fetch.address import read_image
+from rayllava.fetch.images import Rules, check_image
+from rayllava.generate.ask import Ask
+from rayllava.records import IMAGE_MARK, Turn
+
+HELP = "\n".join(line.strip() for line in (__doc__ or "").splitlines()[2:] if line.strip()) + "\n"
+
+
+class Chat:
+    """What was said so far, and to whom."""
+
+    def __init__(self, ask: Ask, *, system: str = "") -> None:
+        self.ask = ask
+        self.rules = Rules()
+        self.over = False
+        self._begin(system)
+
+    def put(self, image: str) -> None:
+        """Take a picture for the next question; ValueError when it is none, or may not be read."""
+        if len(self.pictures) + len(self.waiting) >= self.rules.max_images:
+            raise ValueError(f"the dialogue has {self.rules.max_images} pictures; /reset begins a new one")
+        if "://" in image or image.startswith("data:"):
+            self.waiting.append(read_image(image, self.rules))
+            return
+        try:
+            content = Path(image).expanduser().read_bytes()
+        except OSError as error:
+            raise ValueError(f"image={image} cannot be read ({error.strerror}); give a file") from error
+        try:
+            check_image(content, self.rules)
+        except ValueError as error:
+            raise ValueError(f"image={image}: {error}") from error
+        self.waiting.append(content)
+
+    def take(self, line: str) -> Iterator[str]:
+        """Yield what a line is answered with; ValueError when it asks for what cannot be."""
+        command, _, rest = line.strip().partition(" ")
+        if not command.startswith("/"):
+            if command:
+                yield from self._question(line.strip())
+            return
+        said = self._commands().get(command)
+        if said is None:
+            raise ValueError(f"{command} is no command; /help lists them")
+        yield from said(rest.strip())
+
+    def _commands(self) -> dict[str, Callable[[str], Iterator[str]]]:
+        return {
+            "/image": self._image,
+            "/regen": self._regen,
+            "/reset": lambda _: self._begin(self.system),
+            "/system": self._begin,
+            "/save": self._save,
+            "/help": lambda _: iter((HELP,)),
+            "/quit": self._quit,
+        }
+
+    def _begin(self, system: str) -> Iterator[str]:
+        self.system = system
+        self.turns: tuple[Turn, ...] = (Turn("system", system),) if system else ()
+        self.pictures: tuple[bytes, ...] = ()
+        self.waiting: list[bytes] = []
+        return iter(())
+
+    def _question(self, text: str) -> Iterator[str]:
+        marks = f"{IMAGE_MARK}\n" * len(self.waiting)
+        self.turns += (Turn("user", marks + text.replace(IMAGE_MARK, "")),)
+        self.pictures += tuple(self.waiting)
+        self.waiting = []
+        yield from self._answer()
+
+    def _answer(self) -> Iterator[str]:
+        answer = ""
+        for piece in self.ask(self.turns, self.pictures):
+            answer += piece
+            yield piece
+        self.turns += (Turn("assistant", answer),)
+        yield "\n"
+
+    def _image(self, name: str) -> Iterator[str]:
+        self.put(name)
+        yield f"{len(self.waiting)} for the next question\n"
+
+    def _regen(self, _: str) -> Iterator[str]:
+        if not self.turns or self.turns[-1].role != "assistant":
+            raise ValueError("there is no answer to give again; ask something")
+        self.turns = self.turns[:-1]
+        yield from self._answer()
+
+    def _save(self, name: str) -> Iterator[str]:
+        if not name:
+            raise ValueError("/save wants a file")
+        pictures = [base64.b64encode(picture).decode() for picture in self.pictures]
+        turns = [{"role": turn.role, "content": turn.text} for turn in self.turns]
+        durable.write_json(Path(name).expanduser(), {"turns": turns, "images": pictures})
+        yield f"saved to {name}\n"
+
+    def _quit(self, _: str) -> Iterator[str]:
+        self.over = True
+        return iter(())

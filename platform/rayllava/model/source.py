@@ -1,0 +1,155 @@
+"""A checkpoint of any layout -> the whole model in it, and how it is asked.
+
+    a folder of ours, or of the Hugging Face layout    read as it is
+    any other layout                                   put together of its parts, see rayllava.model.compose
+
+What no file says, a person does: the template, and the folders of parts that were not trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from rayllava.checkpoint import hub, resolve
+from rayllava.checkpoint.layouts import LAYOUTS, Own, StoredModel, cannot_read, detect
+from rayllava.checkpoint.manifest import ModelManifest, SourceSpec, read_model_manifest
+from rayllava.checkpoint.parts import read_llm_config
+from rayllava.families import FAMILIES
+from rayllava.model.compose import compose
+from rayllava.prompt.assemble import assemble
+from rayllava.prompt.chat import TEMPLATES
+from rayllava.recipe import ModelSpec, ProcessorSpec, PromptSpec
+
+
+@dataclass(frozen=True)
+class Source:
+    """A whole model, wherever its parts lie."""
+
+    layout: str
+    stored: StoredModel
+    manifest: ModelManifest
+
+
+def open_source(path: Path, spec: SourceSpec, *, scratch: Path, field: str = "SRC", exact: bool = False) -> Source:
+    """Return the model that a folder or file holds; no tensor is read yet.
+
+    The tokenizer of one that is put together lies in `scratch`, an empty folder that must stay while the model is
+    used. Weights that adapters are added to are float32 if they are to be `exact`. Raises ValueError, naming `field`
+    or the flag, when something is missing or does not fit.
+    """
+    layout = detect(path, field=field)
+    said = _said(path, spec, field=field)
+    if LAYOUTS[layout].read is not cannot_read:
+        stored = LAYOUTS[layout].read(path)
+        return Source(layout, stored, said or _described(path, layout, stored, spec, field=field))
+    template = said.processor.template if said else _template(path, spec, field=field)
+    family = said.family if said else spec.family or _family(template)
+    for name in ("own", "tokenizer"):
+        (scratch / name).mkdir()
+    own, found = LAYOUTS[layout].own(path, scratch / "own"), LAYOUTS[layout].open(path, field=field)
+    model = ModelSpec(
+        llm=str(_llm(path, own, spec, field=field)),
+        vision=str(_vision(path, own, spec, field=field)),
+        family=family,
+        vision_feature_layer=own.layer,
+        vision_feature_select=own.select,
+    )
+    words = own.words or read_llm_config(Path(model.llm), family=family)
+    length = words.get("max_position_embeddings", PromptSpec.model_fields["max_length"].default)
+    aspect = said.processor.aspect if said else spec.aspect or own.aspect
+    processor = assemble(
+        llm_dir=Path(model.llm),
+        vision_dir=Path(model.vision),
+        model=model,
+        prompt=PromptSpec(template=template, aspect=aspect, max_length=length),
+        out_dir=scratch / "tokenizer",
+    )
+    stored = compose(found, own, model, processor, scratch / "tokenizer", exact=exact, said=f"{field}={path}")
+    if said:
+        return Source(layout, stored, said.but(processor=processor))
+    names = {"llm": spec.base, "vision": spec.vision_tower or own.tower}
+    parts = {part: name for part, name in names.items() if hub.parse(name) and not Path(name).exists()}
+    return Source(layout, stored, _fresh(path, processor, family).but(parts=parts))
+
+
+def _said(path: Path, spec: SourceSpec, *, field: str) -> ModelManifest | None:
+    """Return what our manifest.json says, with what a person says instead."""
+    if not (path / "manifest.json").is_file():
+        return None
+    manifest = read_model_manifest(path, field=field)
+    changes = spec.model_dump(include={"template", "aspect"}, exclude_none=True)
+    return manifest.but(processor=manifest.processor.but(**changes), family=spec.family or manifest.family)
+
+
+def _llm(path: Path, own: Own, spec: SourceSpec, *, field: str) -> Path:
+    if own.llm and spec.base:
+        raise ValueError(f"{field}={path} holds its language model whole; leave --base out")
+    if own.llm:
+        return own.llm
+    if not spec.base:
+        raise ValueError(
+            f"{field}={path} holds no language model of its own; add --base DIR, what it was trained from"
+        )
+    return _part(spec.base, "--base")
+
+
+def _vision(path: Path, own: Own, spec: SourceSpec, *, field: str) -> Path:
+    if own.vision and spec.vision_tower:
+        raise ValueError(f"{field}={path} holds its vision tower whole; leave --vision-tower out")
+    if own.vision:
+        return own.vision
+    if spec.vision_tower:
+        return _part(spec.vision_tower, "--vision-tower")
+    if not own.tower:
+        raise ValueError(
+            f"{field}={path} does not name its vision tower; add --vision-tower DIR, what it was trained with"
+        )
+    beside = path.parent / own.tower
+    try:
+        return beside if (beside / "config.json").is_file() else _part(own.tower, "--vision-tower")
+    except ValueError as error:
+        raise ValueError(f"{field}={path} names a vision tower that is not here: {error}") from error
+
+
+def _part(reference: str, flag: str) -> Path:
+    try:
+        found = resolve.folder(reference)
+    except (OSError, LookupError) as error:
+        raise ValueError(f"{flag}={reference} cannot be had ({error}); give its folder: {flag} DIR") from error
+    if not (found / "config.json").is_file():
+        raise ValueError(f"{flag}={reference} has no config.json; give a folder that holds a model")
+    return found
+
+
+def _described(path: Path, layout: str, stored: StoredModel, spec: SourceSpec, *, field: str) -> ModelManifest:
+    """Return the manifest of a folder that has none, from its files and what the person says."""
+    template = _template(path, spec, field=field)
+    processor = LAYOUTS[layout].describe(path, stored, template=template, aspect=spec.aspect)
+    return _fresh(path, processor, spec.family or _family(template))
+
+
+def _template(path: Path, spec: SourceSpec, *, field: str) -> str:
+    names = ", ".join(TEMPLATES)
+    if spec.template is None:
+        raise ValueError(f"{field}={path} does not say how its model is asked; add template=NAME, one of: {names}")
+    if spec.template not in TEMPLATES:
+        raise ValueError(f"template={spec.template} is none of: {names}")
+    return spec.template
+
+
+def _fresh(path: Path, processor: ProcessorSpec, family: str) -> ModelManifest:
+    return ModelManifest(
+        processor=processor,
+        family=family,
+        source=path.name,
+        versions={name: version(name) for name in ("torch", "transformers", "safetensors")},
+    )
+
+
+def _family(template: str) -> str:
+    for key, family in FAMILIES.items():
+        if family.template == template:
+            return key
+    raise ValueError(f"template={template} belongs to no family; add family=NAME, one of: {', '.join(FAMILIES)}")
