@@ -38,6 +38,7 @@ class Source(NamedTuple):
 
 SOURCES = {
     "llava whole": Source("llava_v15/whole", "llava", "vicuna_v1", False, True, "whole_", 3),
+    "llava whole of pickles": Source("llava_v15/whole_bin", "llava", "vicuna_v1", False, True, "whole_", 3),
     "llava tuned": Source("llava_v15/tuned", "llava", "vicuna_v1", False, True, "tuned_", 3),
     "llava projector": Source("llava_v15/pretrain", "llava", "vicuna_v1", True, True, "pretrain_", 1),
     # LLaVA's own model with and without its adapters merged differs as much.
@@ -45,6 +46,8 @@ SOURCES = {
     "xtuner adapters": Source("xtuner_internlm2/folder", "xtuner", "internlm2_chat", True, True, "folder_", 2),
     "xtuner pth of adapters": Source("xtuner_internlm2/iter_4.pth", "xtuner", "internlm2_chat", True, True, "", 2),
     "xtuner pth": Source("xtuner_llama3/iter_4.pth", "xtuner", "llama3_chat", True, True, "", 2),
+    "xtuner half adapters": Source("xtuner_llama3/folder", "xtuner", "llama3_chat", False, True, "folder_", 2),
+    "llava of xtuner": Source("xtuner_llama3/expected_official", "llava", "llama3_chat", False, True, "folder_", 2),
     "xtuner whole": Source("xtuner_phi3/folder", "xtuner", "phi3_chat", False, False, "folder_", 2),
 }
 
@@ -95,6 +98,47 @@ def test_tensors_keep_their_types(name: str, tmp_path: Path) -> None:
     rest = {tensor.dtype for key, tensor in written.items() if key.startswith("multi_modal_projector.")}
     wanted = {"xtuner pth": (torch.float32, torch.float32), "xtuner whole": (torch.float16, torch.float32)}
     assert (llm, rest) == tuple({each} for each in wanted.get(name, (torch.float16, torch.float16)))
+
+
+def test_xtuners_own_hugging_face_folder_is_read_with_what_it_forgot_to_say(tmp_path: Path) -> None:
+    asset = ASSETS / "xtuner_llama3"
+    assert detect(asset / "expected_hf") == "hf"
+    proof = convert(asset / "expected_hf", tmp_path / "hf", to="hf", spec=ConvertSpec(template="llama3_chat"))
+    assert proof["proved"], proof
+    stored = LAYOUTS["hf"].read(tmp_path / "hf")
+    assert stored.num_own_rows == 512  # <unk>, <image> and <pad> were added
+    with np.load(asset / "golden.npz") as file, torch.inference_mode():
+        ids, want = torch.from_numpy(file["expected_hf_input_ids"]), file["expected_hf_logits_last8"]
+        pixels = torch.from_numpy(file["pixel_values"])
+        got = restore(stored, dtype=torch.float32)(input_ids=ids, pixel_values=pixels).logits[:, -8:].numpy()
+    assert np.abs(got - want).max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("source", "to", "expected"),
+    [
+        ("xtuner half adapters", "hf", "xtuner_llama3/expected_hf"),
+        ("xtuner half adapters", "llava", "xtuner_llama3/expected_official"),
+    ],
+)
+def test_tensors_are_those_of_xtuners_own_exports(source: str, to: str, expected: str, tmp_path: Path) -> None:
+    convert(ASSETS / SOURCES[source].path, tmp_path / "out", to=to, spec=asked(SOURCES[source]))
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    want = load_file(ASSETS / expected / "model.safetensors")
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        ours = got[name][:512] if "embed_tokens" in name or "lm_head" in name else got[name]
+        theirs = tensor[:512] if "embed_tokens" in name or "lm_head" in name else tensor
+        assert ours.dtype == theirs.dtype and (ours - theirs).abs().max() <= 1e-6, name
+
+
+def test_a_phi3_is_taken_apart_as_xtuner_does_it(tmp_path: Path) -> None:
+    source = SOURCES["xtuner whole"]
+    convert(ASSETS / source.path, tmp_path / "llava", to="llava", spec=asked(source))
+    got = load_file(tmp_path / "llava" / "model.safetensors")
+    files = sorted((ASSETS / "xtuner_phi3" / "expected_llama").glob("*.safetensors"))
+    want = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert len(want) == 21 and all(torch.equal(got[name], tensor) for name, tensor in want.items())
 
 
 def test_added_rows_are_the_mean_of_the_old_ones(tmp_path: Path) -> None:
