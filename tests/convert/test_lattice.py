@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rayllava.checkpoint.layouts import TABLES, detect
 from rayllava.checkpoint.manifest import SourceSpec
 from rayllava.convert.run import ConvertSpec, convert
+from rayllava.generate.load import load_engine
 from rayllava.model.source import open_source
-from tests.convert.trained import FAMILIES, Tuned, asked, make
+from rayllava.records import Request, Turn
+from tests.convert.trained import ALPHA, ASSETS, FAMILIES, RANK, Tuned, asked, make
 
 TARGETS = ("xtuner", "llava", "hf", "gguf")
 
@@ -38,22 +42,42 @@ def tensors_of(path: Path, scratch: Path, spec: SourceSpec | None = None) -> dic
     return dict(open_source(path, spec or SourceSpec(), scratch=scratch).stored.own_rows().tensors())
 
 
+def has_what_was_trained(path: Path, folder: Path, tuned: Tuned) -> None:
+    """Assert that a model's tower is the trained one: an untrained one would answer, and nobody would notice."""
+    trained = torch.load(folder / "iter_9.pth", weights_only=True)["state_dict"]
+    base = load_file(folder / "vision" / "model.safetensors")
+    name = "encoder.layers.0.self_attn.q_proj"
+    before = want = base[f"vision_model.{name}.weight"]
+    if tuned == "full":
+        want = trained[f"visual_encoder.vision_model.{name}.weight"]
+    else:
+        at = f"visual_encoder.base_model.model.vision_model.{name}.lora_{{}}.default.weight"
+        want = before + ALPHA / RANK * trained[at.format("B")] @ trained[at.format("A")]
+    with TemporaryDirectory() as scratch:
+        stored = open_source(path, SourceSpec(), scratch=Path(scratch)).stored
+        got = stored.weights[f"model.vision_tower.{name}.weight"].read().float()
+    assert (got - want).abs().max() < 1e-3 < (got - before).abs().max() / 10
+
+
 def test_every_layout_becomes_every_other(model: tuple[Path, str, Tuned], tmp_path: Path) -> None:
     folder, family, tuned = model
     spec = asked(folder, family, tuned)
     for to in TARGETS:
         proved(folder / "trained", tmp_path / to, to, spec)
         assert detect(tmp_path / to) == to
+        has_what_was_trained(tmp_path / to, folder, tuned)
     for src in TARGETS:
         for to in TARGETS:
             if src != to:
                 proved(tmp_path / src, tmp_path / f"{src}-{to}", to)
+                has_what_was_trained(tmp_path / f"{src}-{to}", folder, tuned)
 
 
 def test_a_training_checkpoint_becomes_every_layout(model: tuple[Path, str, Tuned], tmp_path: Path) -> None:
     folder, family, tuned = model
     for to in TARGETS:
         proved(folder / "iter_9.pth", tmp_path / to, to, asked(folder, family, tuned, pth=True))
+        has_what_was_trained(tmp_path / to, folder, tuned)
 
 
 def test_around_the_lattice_no_bit_changes(model: tuple[Path, str, Tuned], tmp_path: Path) -> None:
@@ -128,3 +152,24 @@ def test_added_rows_come_and_go(tmp_path: Path) -> None:
 def tmp_path_of(tmp_path: Path, name: str) -> Path:
     (tmp_path / name).mkdir()
     return tmp_path / name
+
+
+def test_plain_transformers_answers_as_our_engine_does(model: tuple[Path, str, Tuned], tmp_path: Path) -> None:
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder, family, tuned = model
+    proved(folder / "trained", tmp_path / "hf", "hf", asked(folder, family, tuned, dtype="float32"))
+    picture = ASSETS / "gguf_llava" / "image_square.png"
+    processor: Any = AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil")
+    plain: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf")
+    dialogue = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}]
+    words = processor.apply_chat_template(dialogue, add_generation_prompt=True)
+    given = processor(text=words, images=[Image.open(picture)], return_tensors="pt")
+    assert int((given["input_ids"] == plain.config.image_token_id).sum()) == 16
+    made = plain.generate(**given, max_new_tokens=24, do_sample=False)
+    want = processor.tokenizer.decode(made[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    engine = load_engine(tmp_path / "hf")
+    turns = (Turn("user", "<image>\nWhat is shown?"),)
+    request = Request("ask", turns, (picture.read_bytes(),), max_new_tokens=24)
+    assert "".join(delta.text for delta in engine.generate([request])).strip() == want.strip() != ""

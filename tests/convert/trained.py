@@ -37,7 +37,7 @@ _LEAVES = {
 }
 _LLAMA_LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _CLIP_LEAVES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-_RANK, _ALPHA = 4, 8
+RANK, ALPHA = 4, 8
 
 
 def make(folder: Path, family: str, tuned: Tuned) -> Path:
@@ -111,16 +111,14 @@ def _adapters(prefix: str, base: dict[str, Tensor], leaves: tuple[str, ...]) -> 
         module = name.removesuffix(".weight")
         if module.rpartition(".")[2] in leaves and name.endswith(".weight"):
             rows, columns = tensor.shape
-            found[f"{prefix}{module}.lora_A.default.weight"] = torch.randn(_RANK, columns) * 0.1
-            found[f"{prefix}{module}.lora_B.default.weight"] = torch.randn(rows, _RANK) * 0.1
+            found[f"{prefix}{module}.lora_A.default.weight"] = torch.randn(RANK, columns) * 0.1
+            found[f"{prefix}{module}.lora_B.default.weight"] = torch.randn(rows, RANK) * 0.1
     assert found, f"nothing in {list(base)[:9]} is called {leaves}"
     return found
 
 
 def _write_pth(path: Path, whole: dict[str, Tensor]) -> None:
-    cfg = (
-        f"model = dict(llm_lora=dict(lora_alpha={_ALPHA}, r={_RANK}), visual_encoder_lora=dict(lora_alpha={_ALPHA}))"
-    )
+    cfg = f"model = dict(llm_lora=dict(lora_alpha={ALPHA}, r={RANK}), visual_encoder_lora=dict(lora_alpha={ALPHA}))"
     torch.save({"meta": {"cfg": cfg}, "state_dict": whole}, path)
 
 
@@ -140,7 +138,7 @@ def _write_folder(folder: Path, llm: Path, vision: Path, whole: dict[str, Tensor
         return
     for name, prefix in (("llm_adapter", "llm."), ("visual_encoder_adapter", "visual_encoder.")):
         (folder / name).mkdir()
-        config = {"peft_type": "LORA", "r": _RANK, "lora_alpha": _ALPHA, "bias": "none"}
+        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none"}
         (folder / name / "adapter_config.json").write_text(json.dumps(config))
         adapters = {key.replace(".default", ""): tensor for key, tensor in part(prefix).items()}
         save_file(adapters, folder / name / "adapter_model.safetensors")
