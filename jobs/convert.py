@@ -43,6 +43,11 @@ def main(argv: list[str]) -> None:
         default="",
         help="float32, float16 or bfloat16, for gguf q8_0, q5_0 or q4_0 too (default: as the tensors are)",
     )
+    adapters = parser.add_mutually_exclusive_group()
+    adapters.add_argument("--merge", action="store_true", help="fold adapters into their weights (the default)")
+    adapters.add_argument(
+        "--keep-adapters", action="store_true", help="leave adapters apart; llava and xtuner have a place for them"
+    )
     parser.add_argument("--explain", action="store_true", help="print what every tensor is made of, and stop")
     parser.add_argument("--no-proof", action="store_true", help="write without comparing; proof.json says so")
     parser.add_argument("--force", action="store_true", help="replace DST if it is there")
@@ -53,7 +58,8 @@ def main(argv: list[str]) -> None:
     from rayllava.spec import override
 
     given = {"base": words.base, "vision_tower": words.vision_tower, "dtype": words.dtype}
-    spec = override(ConvertSpec(**given, proof=not words.no_proof, force=words.force), words.fields)
+    wanted = {"keep_adapters": words.keep_adapters, "proof": not words.no_proof, "force": words.force}
+    spec = override(ConvertSpec(**given, **wanted), words.fields)
     if words.dry_run:
         print(json.dumps({"src": words.src, "dst": words.dst, "to": words.to} | spec.model_dump(), indent=1))
         return

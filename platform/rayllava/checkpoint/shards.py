@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 MAX_SHARD_BYTES = 4_000_000_000
 
 
-def write_weights(folder: Path, weights: Mapping[str, Held]) -> dict[str, str]:
+def write_weights(folder: Path, weights: Mapping[str, Held], *, stem: str = "model") -> dict[str, str]:
     """Write tensors into `folder` under their names and return the digest of every file by its name.
 
     No file but that of a single giant exceeds MAX_SHARD_BYTES. The same tensors give the same bytes.
     """
     shards = list(_shards(weights, MAX_SHARD_BYTES))
     if len(shards) == 1:
-        return {"model.safetensors": _write(folder / "model.safetensors", shards[0])}
+        return {f"{stem}.safetensors": _write(folder / f"{stem}.safetensors", shards[0])}
     digests: dict[str, str] = {}
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         digests[name] = _write(folder / name, shard)
         weight_map |= dict.fromkeys(shard, name)
     size = sum(num_bytes(held) for held in weights.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    durable.write_json(folder / "model.safetensors.index.json", index)
+    durable.write_json(folder / f"{stem}.safetensors.index.json", index)
     return digests
 
 

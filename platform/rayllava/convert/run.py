@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import field_validator
 
 from rayllava import durable
-from rayllava.checkpoint.layouts import LAYOUTS, Layout, StoredModel, detect, fill
+from rayllava.checkpoint.layouts import LAYOUTS, Found, Layout, StoredModel, detect, fill
 from rayllava.checkpoint.manifest import ModelManifest, SourceSpec, local_model
 from rayllava.checkpoint.shards import num_bytes
 from rayllava.checkpoint.weights import Held, dtype_name, trail_of
@@ -41,6 +41,8 @@ class ConvertSpec(SourceSpec):
     def _spelled(cls, value: str) -> str:
         return _SHORT.get(value, value)
 
+    keep_adapters: bool = False
+    """Whether adapters stay apart from the weights that they belong to."""
     proof: bool = True
     """Whether both sides are loaded and compared."""
     force: bool = False
@@ -61,14 +63,15 @@ def convert(src: Path | str, dst: Path, *, to: str, spec: ConvertSpec | None = N
     with tempfile.TemporaryDirectory(prefix="rayllava-") as scratch:
         source = open_source(src, spec, scratch=Path(scratch), exact=bool(spec.dtype))
         carried = layout.carry(source.stored, spec.dtype or None)
+        found = _kept(source, spec) if spec.keep_adapters else None
         with durable.new_dir(dst) as beside:
             with _progress("written", source.stored) as watched:
-                manifest = fill(to, beside, watched, source.manifest, dtype=spec.dtype or None)
+                manifest = fill(to, beside, watched, source.manifest, dtype=spec.dtype or None, found=found)
             durable.write_text(beside / "README.md", card(manifest, carried, dst.resolve().name))
             proof: dict[str, Any] = {"proved": False, "reason": "not asked for: --no-proof"}
             if spec.proof:
                 kind = spec.dtype or ("" if "" in layout.rounding else dtype_name(source.stored.dtype))
-                proof = _prove(source, carried, beside, manifest, share=layout.rounding[kind])
+                proof = _prove(source, carried, beside, manifest, spec, share=layout.rounding[kind])
                 proof["dtype"] = kind or dtype_name(carried.dtype)
             proof |= {"from": source.layout, "to": to, "seconds": round(time.perf_counter() - begin, 2)}
             durable.write_json(beside / "proof.json", proof)
@@ -98,12 +101,25 @@ def _layout(to: str, spec: ConvertSpec) -> Layout:
 
 
 def _prove(
-    source: Source, carried: StoredModel, dst: Path, manifest: ModelManifest, *, share: float
+    source: Source,
+    carried: StoredModel,
+    dst: Path,
+    manifest: ModelManifest,
+    spec: SourceSpec,
+    *,
+    share: float,
 ) -> dict[str, Any]:
-    """Return what was compared, and whether it agrees; logits may be apart by a `share` of the largest."""
+    """Return what was compared, and whether it agrees; logits may be apart by a `share` of the largest.
+
+    `spec` names the parts that DST does not hold.
+    """
     prompts = prove.fixed_prompts()
     with tempfile.TemporaryDirectory(prefix="rayllava-") as scratch:
-        written = open_source(dst, SourceSpec(), scratch=Path(scratch), field="DST")
+        for name in ("look", "read"):
+            (Path(scratch) / name).mkdir()
+        own = LAYOUTS[manifest.layout].own(dst, Path(scratch) / "look")
+        lacking = SourceSpec(base="" if own.llm else spec.base, vision_tower="" if own.vision else spec.vision_tower)
+        written = open_source(dst, lacking, scratch=Path(scratch) / "read", field="DST")
         with _progress("compared", carried) as watched:
             proof = prove.compare_tensors(watched, written.stored)
         log.info("asking SRC, then DST: %s", ", ".join(prompt.name for prompt in prompts))
@@ -122,6 +138,15 @@ def _prove(
     proof["bounds"] = {name: row.pop("bound") for name, row in found.items()}
     proof["proved"] = proof["bit_equal"] and all(row["proved"] for row in found.values())
     return proof
+
+
+def _kept(source: Source, spec: ConvertSpec) -> Found:
+    """Return what the checkpoint holds, adapters apart; ValueError when that cannot be."""
+    if source.found is None or not any(weight.adapter for weight in source.found.weights):
+        raise ValueError("SRC holds no adapters; leave --keep-adapters out")
+    if spec.dtype:
+        raise ValueError("--keep-adapters leaves every tensor as it is; leave --dtype out")
+    return source.found
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def compose(
     text.vocab_size = padded_rows(processor, num_own)
     llava = empty(model, processor, text, tower_config(vision, size=processor.image_size))
     shapes = {name: tuple(tensor.shape) for name, tensor in llava.state_dict().items()}
-    whole = {weight.part for weight in found.weights if not weight.adds}
+    whole = {weight.part for weight in found.weights if not weight.adapter}
 
     weights: dict[str, Held] = {}
     bases: dict[Part, Path] = {"llm": llm, "vision": vision}
@@ -85,7 +85,7 @@ def _lay(
             if name in laid:
                 raise ValueError(f"{said} holds {name} twice; give a checkpoint of one model")
             laid.add(name)
-            if weight.adds:
+            if weight.adapter:
                 base = weights.get(name)
                 if base is None or base.shape != held.shape:
                     raise ValueError(f"{said}: {weight.said} adds {held.shape} to {base and base.shape}; {cure}")

@@ -129,7 +129,7 @@ def check_fits(origin: Origin, model: ModelSpec, outline: Outline) -> None:
                 raise ValueError(f"init_from={origin.path}: {said}; {ours}; {_CURE[weight.part]}")
             if name in whole:
                 raise ValueError(f"init_from={origin.path} holds {name} twice; give a checkpoint of one model")
-            if not weight.adds:
+            if not weight.adapter:
                 whole.add(name)
     there = {part_of(name) for name in whole}
     for name, want in outline.shapes.items():
@@ -151,7 +151,7 @@ def lay_found(llava: Any, origin: Origin, model: ModelSpec) -> None:
             for name, tensor in translated(weight, weight.held.read(), kinds):
                 parameter = llava.get_parameter(name)
                 rows = min(len(tensor), llava.num_own_rows) if name in TABLES else len(parameter)
-                if weight.adds:
+                if weight.adapter:
                     parameter[:rows] += tensor[:rows].to(parameter.dtype)
                 else:
                     parameter[:rows] = tensor[:rows].to(parameter.dtype)

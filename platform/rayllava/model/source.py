@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rayllava.checkpoint import hub, resolve
-from rayllava.checkpoint.layouts import LAYOUTS, Own, StoredModel, cannot_read, detect
+from rayllava.checkpoint.layouts import LAYOUTS, Found, Own, StoredModel, cannot_read, detect
 from rayllava.checkpoint.manifest import ModelManifest, SourceSpec, read_model_manifest
 from rayllava.checkpoint.parts import read_llm_config
 from rayllava.families import FAMILIES
@@ -30,6 +30,8 @@ class Source:
     layout: str
     stored: StoredModel
     manifest: ModelManifest
+    found: Found | None = None
+    """What the checkpoint itself holds, where the model was put together of parts."""
 
 
 def open_source(path: Path, spec: SourceSpec, *, scratch: Path, field: str = "SRC", exact: bool = False) -> Source:
@@ -68,10 +70,10 @@ def open_source(path: Path, spec: SourceSpec, *, scratch: Path, field: str = "SR
     )
     stored = compose(found, own, model, processor, scratch / "tokenizer", exact=exact, said=f"{field}={path}")
     if said:
-        return Source(layout, stored, said.but(processor=processor))
+        return Source(layout, stored, said.but(processor=processor), found)
     names = {"llm": spec.base, "vision": spec.vision_tower or own.tower}
     parts = {part: name for part, name in names.items() if hub.parse(name) and not Path(name).exists()}
-    return Source(layout, stored, _fresh(path, processor, family).but(parts=parts))
+    return Source(layout, stored, _fresh(path, processor, family).but(parts=parts), found)
 
 
 def _said(path: Path, spec: SourceSpec, *, field: str) -> ModelManifest | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +114,24 @@ _PARTS: tuple[tuple[str, Part, str], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """The two matrices whose product, times `scale`, is added to a weight: up (out, r) times down (r, in)."""
+
+    down: Held
+    up: Held
+    alpha: float
+    rslora: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass(frozen=True, slots=True)
 class Weight:
     """A tensor of one part of a LLaVA, as a checkpoint holds it."""
 
@@ -122,8 +141,8 @@ class Weight:
     held: Held
     said: str
     """Its name in the file, for messages."""
-    adds: bool = False
-    """Whether it is to be added to the weight of that name: the product of an adapter."""
+    adapter: Adapter | None = None
+    """Of which `held` is the product, to be added to the weight of that name; empty for a weight itself."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +175,17 @@ class Own:
     """Whether the class token is left out, or taken along."""
     aspect: Literal["pad", "crop"] = "pad"
     """What happens to pictures that are not square."""
+
+
+class Keep(Protocol):
+    """Write a model into an empty folder with its adapters apart, as `found` has them; digests as in Fill.
+
+    Raises ValueError, saying why, before anything is written when the layout cannot hold them so.
+    """
+
+    def __call__(
+        self, folder: Path, stored: StoredModel, manifest: ModelManifest, found: Found
+    ) -> dict[str, str]: ...
 
 
 class Open(Protocol):
@@ -237,6 +267,8 @@ class Layout:
     own: Say = says_nothing
     read: Callable[[Path], StoredModel] = cannot_read
     """Only where a folder is a whole model; others are put together of parts, see rayllava.model.compose."""
+    keep: Keep | None = None
+    """Empty where adapters have no place apart from their weights."""
     carry: Carry = rounded
     describe: Describe = cannot_describe
     rounding: Mapping[str, float] = field(default_factory=lambda: ROUNDING)
@@ -255,10 +287,25 @@ def write(
 
 
 def fill(
-    key: str, folder: Path, stored: StoredModel, manifest: ModelManifest, *, dtype: str | None = None
+    key: str,
+    folder: Path,
+    stored: StoredModel,
+    manifest: ModelManifest,
+    *,
+    dtype: str | None = None,
+    found: Found | None = None,
 ) -> ModelManifest:
-    """Write a model into an empty folder in the layout of that key and return its manifest, which lies there too."""
-    files = LAYOUTS[key].fill(folder, stored, manifest, dtype)
+    """Write a model into an empty folder in the layout of that key and return its manifest, which lies there too.
+
+    With `found` its adapters stay apart, as they are there.
+    """
+    layout = LAYOUTS[key]
+    if found is None:
+        files = layout.fill(folder, stored, manifest, dtype)
+    elif layout.keep is None:
+        raise ValueError(f"to={key} has no place for adapters apart from their weights; leave --keep-adapters out")
+    else:
+        files = layout.keep(folder, stored, manifest, found)
     manifest = manifest.but(layout=key, files=files, num_own_rows=stored.num_own_rows)
     write_model_manifest(folder, manifest)
     return manifest

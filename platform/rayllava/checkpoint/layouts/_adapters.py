@@ -5,13 +5,15 @@ Computed in float32 when it is read; an adapter of a kind whose merge is another
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayllava import durable
+from rayllava.checkpoint.layouts import Adapter, Found, Part
+from rayllava.checkpoint.shards import write_weights
 from rayllava.checkpoint.weights import Computed, Held, open_weights, read_config, trail_of
 
 if TYPE_CHECKING:
@@ -38,16 +40,13 @@ class Scale:
     alpha: float
     rslora: bool = False
 
-    def at(self, rank: int) -> float:
-        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
-
 
 def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def products(held: Mapping[str, Held], scale: Scale, *, said: str) -> Iterator[tuple[str, str, Held]]:
-    """Yield (weight that is added to, name in the file, product) of every adapter.
+def adapters(held: Mapping[str, Held], scale: Scale, *, said: str) -> Iterator[tuple[str, str, Adapter]]:
+    """Yield (weight that is added to, name in the file, adapter) of every adapter.
 
     Raises ValueError, beginning with `said`, for one that is not a whole pair of matrices.
     """
@@ -60,20 +59,23 @@ def products(held: Mapping[str, Held], scale: Scale, *, said: str) -> Iterator[t
     for name, pair in pairs.items():
         if pair.keys() != {"A", "B"} or not pair["A"][1].shape[0] == pair["B"][1].shape[1] > 0:
             raise ValueError(f"{said} holds one half of the adapter on {name[:120]!a}, or two that do not fit")
-        yield f"{name}.weight", pair["A"][0], _product(pair["A"][1], pair["B"][1], scale)
+        yield f"{name}.weight", pair["A"][0], Adapter(pair["A"][1], pair["B"][1], scale.alpha, scale.rslora)
 
 
-def _product(down: Held, up: Held, scale: Scale) -> Held:
+def product(adapter: Adapter) -> Held:
+    """Return what an adapter adds, computed in float32."""
     import torch
 
+    down, up = adapter.down, adapter.up
+
     def make() -> Tensor:
-        return scale.at(down.shape[0]) * (up.read().float() @ down.read().float())
+        return adapter.scale * (up.read().float() @ down.read().float())
 
     return Computed((up.shape[0], down.shape[1]), torch.float32, make, trail_of(down))
 
 
-def read_adapter(folder: Path) -> tuple[list[Path], list[tuple[str, str, Held]]]:
-    """Return the files of an adapter's folder, and its `products`."""
+def read_adapter(folder: Path) -> tuple[list[Path], list[tuple[str, str, Adapter]]]:
+    """Return the files of an adapter's folder, and its `adapters`."""
     config = read_config(folder, "adapter_config.json")
     for key, plain in _PLAIN.items():
         if config.get(key, plain) not in (plain, None):
@@ -85,4 +87,39 @@ def read_adapter(folder: Path) -> tuple[list[Path], list[tuple[str, str, Held]]]
         raise ValueError(f"{folder} lacks adapter_model.safetensors, or lora_alpha in its adapter_config.json")
     scale = Scale(float(config["lora_alpha"]), bool(config.get("use_rslora")))
     path = folder / names[0]
-    return [folder / "adapter_config.json", path], list(products(open_weights(path), scale, said=str(path)))
+    return [folder / "adapter_config.json", path], list(adapters(open_weights(path), scale, said=str(path)))
+
+
+def adapters_on(found: Found, part: Part) -> dict[str, Adapter]:
+    """Return the adapters on a part, by the module that they belong to."""
+    return {
+        weight.name.removesuffix(".weight"): weight.adapter
+        for weight in found.weights
+        if weight.part == part and weight.adapter
+    }
+
+
+def write_adapter(folder: Path, found: Mapping[str, Adapter], *, task: str | None) -> str:
+    """Make a folder that peft reads, of adapters by the module they belong to; return the digest of its weights."""
+    kinds = {(one.rank, one.alpha, one.rslora) for one in found.values()}
+    if len(kinds) != 1:
+        raise ValueError(f"adapters of {len(kinds)} ranks or scales have no place in one folder; merge them")
+    [(rank, alpha, rslora)] = kinds
+    weights = {}
+    for module, one in found.items():
+        weights |= {
+            f"base_model.model.{module}.lora_{x}.weight": held for x, held in (("A", one.down), ("B", one.up))
+        }
+    folder.mkdir(exist_ok=True)
+    digests = write_weights(folder, weights, stem="adapter_model")
+    config = _PLAIN | {
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": rslora,
+        "target_modules": sorted({module.rpartition(".")[2] for module in found}),
+        "task_type": task,
+        "inference_mode": True,
+    }
+    durable.write_json(folder / "adapter_config.json", config)
+    return digests["adapter_model.safetensors"]

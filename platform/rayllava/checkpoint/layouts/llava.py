@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rayllava import durable
-from rayllava.checkpoint.layouts import Found, Layout, Own, StoredModel, Weight, part_of, rounded
-from rayllava.checkpoint.layouts._adapters import read_adapter
+from rayllava.checkpoint.layouts import Found, Layout, Own, StoredModel, Weight, in_whole, part_of, rounded
+from rayllava.checkpoint.layouts._adapters import adapters_on, product, read_adapter, write_adapter
 from rayllava.checkpoint.layouts._hf_names import COMPUTED
 from rayllava.checkpoint.layouts._hf_prompt import preprocessor
 from rayllava.checkpoint.layouts._llama import as_llama, check_clip
@@ -31,6 +31,7 @@ from rayllava.checkpoint.layouts._words import llm_words, part_words
 from rayllava.checkpoint.manifest import ModelManifest
 from rayllava.checkpoint.shards import write_weights
 from rayllava.checkpoint.weights import Held, dtype_name, has_weights, open_weights, read_config, weight_files
+from rayllava.recipe import ProcessorSpec
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ def find(path: Path, *, field: str = "MODEL") -> Found:
     """Find the projector, the adapters, or the whole model that a file or folder holds."""
     if (path / "adapter_config.json").is_file() and (path / _TRAINED).is_file():
         adapter, found = read_adapter(path)
-        added = [Weight("llm", name, product, said, adds=True) for name, said, product in found]
-        whole = _weights(open_weights(path / _TRAINED), tower=False)
+        added = [Weight("llm", name, product(one), said, one) for name, said, one in found]
+        whole = _weights(open_weights(path / _TRAINED), tower=bool(read_config(path).get("unfreeze_mm_vision_tower")))
         return Found((*adapter, path / _TRAINED), (*added, *whole))
     if path.is_file() or (path / _PROJECTOR).is_file():
         files = [path if path.is_file() else path / _PROJECTOR]
@@ -79,11 +80,11 @@ def own(path: Path, scratch: Path) -> Own:
         raise ValueError(f"{folder} was trained with {said}, which is not done here; a model of LLaVA 1.5 is wanted")
     whole = path.is_dir() and has_weights(path)
     words = {key: value for key, value in config.items() if not key.startswith(("mm_", "image_", "tokenizer_"))}
-    beside = folder / _BESIDE
+    beside, tuned = folder / _BESIDE, bool(config.get("unfreeze_mm_vision_tower"))
     return Own(
         llm=path if whole else None,
         words=words | {"model_type": "llama"} if whole else None,
-        vision=beside if (beside / "config.json").is_file() else None,
+        vision=beside if has_weights(beside) or ((beside / "config.json").is_file() and tuned) else None,
         tower=config.get("mm_vision_tower") or "",
         layer=config.get("mm_vision_select_layer", -2),
         select=_SELECTS[select],
@@ -106,45 +107,82 @@ def named(stored: StoredModel, dtype: str | None) -> dict[str, Held]:
 def fill(folder: Path, stored: StoredModel, manifest: ModelManifest, dtype: str | None) -> dict[str, str]:
     """Write a whole model, its tower included."""
     held, spec = carry(stored, dtype), manifest.processor
-    config, tower = held.config, held.config.vision_config
     files = write_weights(folder, named(stored, dtype))
     ids = write_own_tokenizer(folder, held, spec)
-    name = tower_id(manifest, tower)
-    words = llm_words(config.text_config, dtype_name(held.dtype)) | {
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava_llama",
-        "mm_vision_tower": name or _BESIDE,
-        "mm_projector_type": f"mlp{_depth(held)}x_gelu",
-        "mm_hidden_size": tower.hidden_size,
-        "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_select_feature": {ours: theirs for theirs, ours in _SELECTS.items()}[
-            config.vision_feature_select_strategy
-        ],
-        "mm_patch_merge_type": "flat",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "image_aspect_ratio": {ours: theirs for theirs, ours in _ASPECTS.items()}[spec.aspect],
-        "use_mm_proj": True,
-        "unfreeze_mm_vision_tower": True,
-        "tokenizer_padding_side": "right",
-        "tokenizer_model_max_length": spec.max_length,
-        "pad_token_id": ids.get("pad_token", ids.get("unk_token", spec.eos_token_id)),
-    }
+    name = tower_id(manifest, held.config.vision_config)
+    words = _words(held, spec, tower=name, tuned=True)
+    words["pad_token_id"] = ids.get("pad_token", ids.get("unk_token", spec.eos_token_id))
     durable.write_json(folder / "config.json", words)
     ends = [id_ for id_ in spec.stop_token_ids if id_ < held.num_own_rows]
     begins = {"bos_token_id": spec.bos_token_id, "eos_token_id": ends, "pad_token_id": words["pad_token_id"]}
     durable.write_json(folder / "generation_config.json", begins)
     durable.write_json(folder / "preprocessor_config.json", preprocessor(spec.but(aspect="crop")))
+    _write_beside(folder, held, spec, weights=not name)
+    return files
+
+
+def keep(folder: Path, stored: StoredModel, manifest: ModelManifest, found: Found) -> dict[str, str]:
+    """Write adapters on the language model, and beside them all else that was trained."""
+    import torch
+
+    held, spec = carry(stored, None), manifest.processor
+    added = adapters_on(found, "llm")
+    if not added:
+        raise ValueError("SRC holds no adapters on its language model; leave --keep-adapters out")
+    if strange := [module for module in added if in_whole("llm", f"{module}.weight") not in held.weights]:
+        raise ValueError(
+            f"to=llava holds adapters on a Llama, which has no {strange[0]} as these have; leave --keep-adapters out"
+        )
+    tuned = any(weight.part == "vision" for weight in found.weights)
+    name = tower_id(manifest, held.config.vision_config)
+    durable.write_json(folder / "config.json", _words(held, spec, tower=name, tuned=tuned))
+    parts = ("projector", "vision") if tuned else ("projector",)
+    rest = {n: one.read() for n, one in held.weights.items() if part_of(n)[0] in parts}
+    torch.save({f"base_model.model.{_said(n)}": tensor for n, tensor in rest.items()}, folder / _TRAINED)
+    _write_beside(folder, held, spec, weights=not (name or tuned))
+    return {
+        "adapter_model.safetensors": write_adapter(folder, added, task="CAUSAL_LM"),
+        _TRAINED: durable.digest(folder / _TRAINED),
+    }
+
+
+def _words(held: StoredModel, spec: ProcessorSpec, *, tower: str, tuned: bool) -> dict[str, Any]:
+    """Return config.json; `tower` is its published name, `tuned` says whether the checkpoint holds it."""
+    config = held.config
+    return llm_words(config.text_config, dtype_name(held.dtype)) | {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "mm_vision_tower": tower or _BESIDE,
+        "mm_projector_type": f"mlp{_depth(held)}x_gelu",
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": _turned(_SELECTS)[config.vision_feature_select_strategy],
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": _turned(_ASPECTS)[spec.aspect],
+        "use_mm_proj": True,
+        "unfreeze_mm_vision_tower": tuned,
+        "tokenizer_padding_side": "right",
+        "tokenizer_model_max_length": spec.max_length,
+    }
+
+
+def _turned(words: dict[str, Any]) -> dict[str, str]:
+    return {ours: theirs for theirs, ours in words.items()}
+
+
+def _write_beside(folder: Path, held: StoredModel, spec: ProcessorSpec, *, weights: bool) -> None:
+    """Write the tower's own folder, with its weights where nobody else has them."""
     beside = folder / _BESIDE
     beside.mkdir()
-    said = part_words(tower, dtype_name(held.dtype)) | {"architectures": ["CLIPVisionModel"]}
+    said = part_words(held.config.vision_config, dtype_name(held.dtype)) | {"architectures": ["CLIPVisionModel"]}
     durable.write_json(beside / "config.json", said)
     durable.write_json(beside / "preprocessor_config.json", preprocessor(spec.but(aspect="crop")))
-    if not name:
+    if weights:
         prefix = "model.vision_tower."
         parts = {n.replace(prefix, "vision_model."): one for n, one in held.weights.items() if n.startswith(prefix)}
         write_weights(beside, parts)
-    return files
 
 
 def tower_id(manifest: ModelManifest, tower: Any) -> str:
@@ -200,4 +238,4 @@ def _names(path: Path) -> list[str]:
         return []
 
 
-PLUG = Layout(detect=detect, open=find, named=named, fill=fill, own=own, carry=carry)
+PLUG = Layout(detect=detect, open=find, named=named, fill=fill, keep=keep, own=own, carry=carry)

@@ -21,7 +21,15 @@ from pathlib import Path
 
 from rayllava import durable
 from rayllava.checkpoint.layouts import Found, Layout, Own, Part, StoredModel, Weight, part_of, rounded
-from rayllava.checkpoint.layouts._adapters import Scale, is_adapter, products, read_adapter
+from rayllava.checkpoint.layouts._adapters import (
+    Scale,
+    adapters,
+    adapters_on,
+    is_adapter,
+    product,
+    read_adapter,
+    write_adapter,
+)
 from rayllava.checkpoint.layouts._hf_names import COMPUTED
 from rayllava.checkpoint.layouts._hf_prompt import preprocessor
 from rayllava.checkpoint.layouts._llama import check_clip
@@ -31,6 +39,7 @@ from rayllava.checkpoint.layouts._words import llm_words, part_words
 from rayllava.checkpoint.manifest import ModelManifest
 from rayllava.checkpoint.shards import write_weights
 from rayllava.checkpoint.weights import Held, dtype_name, has_weights, open_weights, read_config, weight_files
+from rayllava.recipe import ProcessorSpec
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +77,7 @@ def find(path: Path, *, field: str = "MODEL") -> Found:
         if (folder / "adapter_config.json").is_file():
             read, found = read_adapter(folder)
             files.extend(read)
-            weights.extend(Weight(part, _within(part, name), held, said, adds=True) for name, said, held in found)
+            weights.extend(Weight(part, _within(part, name), product(one), said, one) for name, said, one in found)
 
     if _is_projector(path):
         take(path, "projector")
@@ -118,31 +127,69 @@ def named(stored: StoredModel, dtype: str | None) -> dict[str, Held]:
 def fill(folder: Path, stored: StoredModel, manifest: ModelManifest, dtype: str | None) -> dict[str, str]:
     """Write a folder that holds every part whole."""
     held, spec = carry(stored, dtype), manifest.processor
-    text, tower = held.config.text_config, held.config.vision_config
-    parts = _parts(held)
+    return _write_llm(folder, held, spec) | _write_tower(folder, held, spec) | _write_projector(folder, held)
+
+
+def _write_llm(folder: Path, held: StoredModel, spec: ProcessorSpec) -> dict[str, str]:
     ids = write_own_tokenizer(folder, held, spec)
-    durable.write_json(folder / "config.json", llm_words(text, dtype_name(held.dtype)))
+    durable.write_json(folder / "config.json", llm_words(held.config.text_config, dtype_name(held.dtype)))
     ends = [id_ for id_ in spec.stop_token_ids if id_ < held.num_own_rows]
     begins = {"bos_token_id": spec.bos_token_id, "eos_token_id": ends, "pad_token_id": ids.get("pad_token")}
     durable.write_json(folder / "generation_config.json", begins)
-    files = write_weights(folder, parts["llm"])
+    return write_weights(folder, _parts(held)["llm"])
 
-    inner: tuple[tuple[str, Part, dict[str, object]], ...] = (
-        (
-            "visual_encoder",
-            "vision",
-            part_words(tower, dtype_name(parts["vision"]["vision_model.embeddings.class_embedding"].dtype))
-            | {"architectures": ["CLIPVisionModel"]},
-        ),
-        ("projector", "projector", _projector_words(parts["projector"], held.config.vision_feature_layer)),
-    )
-    for name, part, words in inner:
-        inside = folder / name
-        inside.mkdir()
-        tensors = parts[part]
-        durable.write_json(inside / "config.json", words)
-        files |= {f"{name}/{file}": digest for file, digest in write_weights(inside, tensors).items()}
-    durable.write_json(folder / "visual_encoder" / "preprocessor_config.json", preprocessor(spec.but(aspect="crop")))
+
+def _write_tower(folder: Path, held: StoredModel, spec: ProcessorSpec) -> dict[str, str]:
+    tensors = _parts(held)["vision"]
+    dtype = dtype_name(tensors["vision_model.embeddings.class_embedding"].dtype)
+    inside = folder / "visual_encoder"
+    inside.mkdir()
+    words = part_words(held.config.vision_config, dtype) | {"architectures": ["CLIPVisionModel"]}
+    durable.write_json(inside / "config.json", words)
+    durable.write_json(inside / "preprocessor_config.json", preprocessor(spec.but(aspect="crop")))
+    return {f"visual_encoder/{name}": digest for name, digest in write_weights(inside, tensors).items()}
+
+
+def _write_projector(folder: Path, held: StoredModel) -> dict[str, str]:
+    tensors = _parts(held)["projector"]
+    wide, narrow = tensors["model.0.weight"].shape
+    words = {
+        "architectures": ["ProjectorModel"],
+        "model_type": "projector",
+        "visual_hidden_size": narrow,
+        "llm_hidden_size": wide,
+        "depth": sum(name.endswith(".weight") for name in tensors),
+        "hidden_act": "gelu",
+        "bias": True,
+        "torch_dtype": dtype_name(tensors["model.0.weight"].dtype),
+        "visual_select_layer": held.config.vision_feature_layer,  # ours: XTuner has a flag, and takes -2 without it
+    }
+    inside = folder / "projector"
+    inside.mkdir()
+    durable.write_json(inside / "config.json", words)
+    return {f"projector/{name}": digest for name, digest in write_weights(inside, tensors).items()}
+
+
+_ADAPTED: tuple[Part, ...] = ("llm", "vision")
+
+
+def keep(folder: Path, stored: StoredModel, manifest: ModelManifest, found: Found) -> dict[str, str]:
+    """Write what was trained, as a training leaves it: parts that were trained whole, adapters of the others."""
+    held, spec = carry(stored, None), manifest.processor
+    added = {part: adapters_on(found, part) for part in _ADAPTED}
+    whole = {weight.part for weight in found.weights if not weight.adapter}
+    if not any(added.values()):
+        raise ValueError("SRC holds no adapters; leave --keep-adapters out")
+    files = _write_projector(folder, held)
+    if added["llm"]:
+        files["llm_adapter"] = write_adapter(folder / "llm_adapter", added["llm"], task="CAUSAL_LM")
+    elif "llm" in whole:
+        files |= _write_llm(folder, held, spec)
+    if added["vision"]:
+        modules = {f"vision_model.{module}": one for module, one in added["vision"].items()}
+        files["visual_encoder_adapter"] = write_adapter(folder / "visual_encoder_adapter", modules, task=None)
+    elif "vision" in whole:
+        files |= _write_tower(folder, held, spec)
     return files
 
 
@@ -164,33 +211,18 @@ _SAID = {
 """What XTuner calls a part's tensor."""
 
 
-def _projector_words(tensors: dict[str, Held], layer: int) -> dict[str, object]:
-    wide, narrow = tensors["model.0.weight"].shape
-    return {
-        "architectures": ["ProjectorModel"],
-        "model_type": "projector",
-        "visual_hidden_size": narrow,
-        "llm_hidden_size": wide,
-        "depth": sum(name.endswith(".weight") for name in tensors),
-        "hidden_act": "gelu",
-        "bias": True,
-        "torch_dtype": dtype_name(tensors["model.0.weight"].dtype),
-        "visual_select_layer": layer,  # ours: XTuner is told by a flag, and takes -2 without one
-    }
-
-
 def _of_training(path: Path) -> Iterator[Weight]:
     """Yield the weights of a .pth; adapters are scaled as the training config in it says."""
     state = _state(path)
     for prefix, part, word in _PREFIXES:
         own = {name: held for name, held in state.items() if name.startswith(prefix)}
-        adapters = {name.removeprefix(prefix): held for name, held in own.items() if is_adapter(name)}
+        added = {name.removeprefix(prefix): held for name, held in own.items() if is_adapter(name)}
         whole = {name: held for name, held in own.items() if not is_adapter(name)}
-        if adapters:
+        if added:
             if whole:
                 raise ValueError(f"{path} holds adapters of {prefix}* beside {next(iter(whole))[:120]!a}; merge them")
-            for name, said, held in products(adapters, _scale(path, word), said=str(path)):
-                yield Weight(part, _within(part, name), held, prefix + said, adds=True)
+            for name, said, one in adapters(added, _scale(path, word), said=str(path)):
+                yield Weight(part, _within(part, name), product(one), prefix + said, one)
         yield from _whole(part, whole, prefix=prefix)
     strange = [name for name in state if not name.startswith(tuple(prefix for prefix, _, _ in _PREFIXES))]
     if strange:
@@ -242,4 +274,4 @@ def _is_sharded(folder: Path) -> bool:
     return any(folder.glob("*mp_rank_00_model_states.pt"))
 
 
-PLUG = Layout(detect=detect, open=find, named=named, fill=fill, own=own, carry=carry)
+PLUG = Layout(detect=detect, open=find, named=named, fill=fill, keep=keep, own=own, carry=carry)
