@@ -13,6 +13,7 @@ looking inside. Adapters are merged. Nothing but our manifest.json says how a mo
 there is none. DST/proof.json holds what was compared. The exit code is 0 only if everything agreed.
 
 fields: template=NAME   aspect=pad|crop   family=NAME
+        part=llm|vision|projector: that part alone, of any checkpoint, of its own folder, or of peft's adapter on it
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import field_validator
 
@@ -22,12 +22,16 @@ from rayllava.checkpoint.shards import num_bytes
 from rayllava.checkpoint.weights import Held, dtype_name, trail_of
 from rayllava.convert import prove
 from rayllava.convert.card import card
+from rayllava.convert.part import write_part
 from rayllava.model.source import Source, open_source
 from rayllava.progress import Progress
 
 log = logging.getLogger(__name__)
 
 _SHORT = {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16", "bf16": "bfloat16"}
+
+
+_UNPROVED: dict[str, Any] = {"proved": False, "reason": "not asked for: --no-proof"}
 
 
 class ConvertSpec(SourceSpec):
@@ -41,6 +45,8 @@ class ConvertSpec(SourceSpec):
     def _spelled(cls, value: str) -> str:
         return _SHORT.get(value, value)
 
+    part: Literal["", "llm", "vision", "projector"] = ""
+    """Which part is to be written alone; empty: the whole model."""
     keep_adapters: bool = False
     """Whether adapters stay apart from the weights that they belong to."""
     proof: bool = True
@@ -58,9 +64,14 @@ def convert(src: Path | str, dst: Path, *, to: str, spec: ConvertSpec | None = N
     spec = spec or ConvertSpec()
     layout = _layout(to, spec)
     src = local_model(str(src), field="SRC")
-    detect(src, field="SRC")
+    if not spec.part:
+        detect(src, field="SRC")
     _check_free(dst, src, force=spec.force)
     with tempfile.TemporaryDirectory(prefix="rayllava-") as scratch:
+        if spec.part:
+            proof = _part(src, dst, to, spec, Path(scratch))
+            proof["seconds"] = round(time.perf_counter() - begin, 2)
+            return proof
         source = open_source(src, spec, scratch=Path(scratch), exact=bool(spec.dtype))
         carried = layout.carry(source.stored, spec.dtype or None)
         found = _kept(source, spec) if spec.keep_adapters else None
@@ -68,13 +79,24 @@ def convert(src: Path | str, dst: Path, *, to: str, spec: ConvertSpec | None = N
             with _progress("written", source.stored) as watched:
                 manifest = fill(to, beside, watched, source.manifest, dtype=spec.dtype or None, found=found)
             durable.write_text(beside / "README.md", card(manifest, carried, dst.resolve().name))
-            proof: dict[str, Any] = {"proved": False, "reason": "not asked for: --no-proof"}
+            proof = dict(_UNPROVED)
             if spec.proof:
                 kind = spec.dtype or ("" if "" in layout.rounding else dtype_name(source.stored.dtype))
                 proof = _prove(source, carried, beside, manifest, spec, share=layout.rounding[kind])
                 proof["dtype"] = kind or dtype_name(carried.dtype)
             proof |= {"from": source.layout, "to": to, "seconds": round(time.perf_counter() - begin, 2)}
             durable.write_json(beside / "proof.json", proof)
+    return proof
+
+
+def _part(src: Path, dst: Path, to: str, spec: ConvertSpec, scratch: Path) -> dict[str, Any]:
+    """Write one part of a model to `dst` and return the proof."""
+    assert spec.part
+    with durable.new_dir(dst) as beside:
+        prove_it = write_part(src, beside, part=spec.part, to=to, spec=spec, dtype=spec.dtype, scratch=scratch)
+        proof = prove_it() if spec.proof else dict(_UNPROVED)
+        proof |= {"to": to, "part": spec.part}
+        durable.write_json(beside / "proof.json", proof)
     return proof
 
 

@@ -7,8 +7,10 @@ parts' folders    translated where a part came with code of its own, a tower's p
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +68,30 @@ def compose(
     _settle(weights, shapes, num_own=num_own, tied=text.tie_word_embeddings, said=said)
     ordered = {name: weights[name] for name in shapes if name in weights}
     return StoredModel(llava.config, ordered, tokenizer_dir, ordered[TABLES[0]].dtype, num_own)
+
+
+def compose_part(
+    part: Part, found: Found, folder: Path, words: dict[str, Any], *, shapes: Shapes, exact: bool, said: str
+) -> dict[str, Held]:
+    """Return the tensors of one part, by canonical name: those of its `folder`, a checkpoint's laid over them.
+
+    `words` are those of the part's config.json, `shapes` those of its class; errors as in `compose`.
+    """
+    weights = tuple(weight for weight in found.weights if weight.part == part)
+    laid: dict[str, Held] = {}
+    if all(weight.adapter for weight in weights):
+        kinds: Words | None = None if is_whole(folder) else {part: words}
+        base = ((name, held) for weight in _weights(folder, part) for name, held in _lazily(weight, kinds))
+        laid = {name: held for name, held in base if name in shapes}
+    over = dataclasses.replace(found, weights=weights)
+    _lay(laid, over, None if found.translated else {part: words}, shapes, exact=exact, said=said)
+    for name, shape in shapes.items():
+        held = laid.get(name)
+        if held is not None and name in TABLES and held.shape[0] > shape[0]:  # rows of <image> and <pad>
+            held = laid[name] = _extended(held, shape[0], shape[0])
+        if held is None or held.shape != shape:
+            raise ValueError(f"{said}: {name} is {held and held.shape}, the model has {shape}; {_CURES[part]}")
+    return {name: laid[name] for name in shapes}
 
 
 def _lay(

@@ -52,8 +52,8 @@ def open_source(path: Path, spec: SourceSpec, *, scratch: Path, field: str = "SR
         (scratch / name).mkdir()
     own, found = LAYOUTS[layout].own(path, scratch / "own"), LAYOUTS[layout].open(path, field=field)
     model = ModelSpec(
-        llm=str(_llm(path, own, spec, field=field)),
-        vision=str(_vision(path, own, spec, field=field)),
+        llm=str(base_folder(path, own, spec, field=field)),
+        vision=str(tower_folder(path, own, spec, field=field)),
         family=family,
         vision_feature_layer=own.layer,
         vision_feature_select=own.select,
@@ -85,7 +85,8 @@ def _said(path: Path, spec: SourceSpec, *, field: str) -> ModelManifest | None:
     return manifest.but(processor=manifest.processor.but(**changes), family=spec.family or manifest.family)
 
 
-def _llm(path: Path, own: Own, spec: SourceSpec, *, field: str) -> Path:
+def base_folder(path: Path, own: Own, spec: SourceSpec, *, field: str) -> Path:
+    """Return the folder of a checkpoint's language model: its own, or what a person names."""
     if own.llm and spec.base:
         raise ValueError(f"{field}={path} holds its language model whole; leave --base out")
     if own.llm:
@@ -97,7 +98,8 @@ def _llm(path: Path, own: Own, spec: SourceSpec, *, field: str) -> Path:
     return _part(spec.base, "--base")
 
 
-def _vision(path: Path, own: Own, spec: SourceSpec, *, field: str) -> Path:
+def tower_folder(path: Path, own: Own, spec: SourceSpec, *, field: str) -> Path:
+    """Return the folder of a checkpoint's tower: its own, what a person names, or what the checkpoint does."""
     if own.vision and spec.vision_tower:
         raise ValueError(f"{field}={path} holds its vision tower whole; leave --vision-tower out")
     if own.vision:

@@ -6,7 +6,7 @@ module computes; what it takes is the memory of its largest layer, so that a mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,27 +25,36 @@ def streamed(stored: StoredModel) -> Any:
 
     Raises ValueError when a tensor is missing, strange or of another shape.
     """
-    from accelerate import init_empty_weights
     from transformers import LlavaForConditionalGeneration
 
-    with init_empty_weights(include_buffers=False):
-        llava: Any = LlavaForConditionalGeneration(stored.config).float()
     weights = dict(stored.weights)
     if stored.config.text_config.tie_word_embeddings:
         weights[TABLES[1]] = weights[TABLES[0]]
-    expected = {name: tuple(parameter.shape) for name, parameter in llava.named_parameters(remove_duplicate=False)}
+    return streamed_module(
+        lambda: LlavaForConditionalGeneration(stored.config), weights, said=str(stored.tokenizer_dir)
+    )
+
+
+def streamed_module(make: Callable[[], Any], weights: Mapping[str, Held], *, said: str) -> Any:
+    """Return what `make` makes, reading its parameters as `streamed` does; `said` begins a message."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        made = make().float()
+    expected = {name: tuple(parameter.shape) for name, parameter in made.named_parameters(remove_duplicate=False)}
     for name in sorted(expected.keys() | weights.keys()):
         have = weights[name].shape if name in weights else None
         if expected.get(name) != have:
-            raise ValueError(f"{stored.tokenizer_dir}: {name} is {have}, the model has {expected.get(name)}")
-    for name, module in llava.named_modules():
-        own = {key: weights[f"{name}.{key}"] for key, _ in module.named_parameters(recurse=False)}
+            raise ValueError(f"{said}: {name} is {have}, the model has {expected.get(name)}")
+    for name, module in made.named_modules():
+        prefix = f"{name}." if name else ""
+        own = {key: weights[f"{prefix}{key}"] for key, _ in module.named_parameters(recurse=False)}
         if isinstance(module, nn.Linear | nn.Embedding):
             vars(module)["forward"] = (_Linear if isinstance(module, nn.Linear) else _Embedding)(own)
         elif own:
             module.register_forward_pre_hook(_Fetch(own))
             module.register_forward_hook(_drop)
-    return llava.eval().requires_grad_(False)
+    return made.eval().requires_grad_(False)
 
 
 class _Linear:
