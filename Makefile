@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Ray's own choice of authentication depends on what an earlier program left in the home folder; ours does not.
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: install quickstart test test-slow check format serve
+.PHONY: install quickstart test test-slow test-gguf check format serve
 .PHONY: bench-data bench-train bench-checkpoint bench-spot bench-convert
 
 install: .venv/installed
@@ -22,6 +22,11 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow"
+
+# llama.cpp has no wheels: this builds it, for minutes.
+test-gguf: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf]"
+	$(BIN)/python -m pytest tests/convert/test_llamacpp.py tests/checkpoint/test_gguf.py
 
 check: install
 	$(BIN)/ruff format --check .

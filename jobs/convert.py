@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         "--dtype",
         metavar="TYPE",
         default="",
-        help="float32, float16 or bfloat16, for gguf q8_0, q5_0 or q4_0 too (default: as the tensors are)",
+        help="float32, float16 or bfloat16, gguf: q8_0, q5_0, q4_0, q5_k_m, q4_k_m (default: as the tensors are)",
     )
     adapters = parser.add_mutually_exclusive_group()
     adapters.add_argument("--merge", action="store_true", help="fold adapters into their weights (the default)")
@@ -72,10 +72,13 @@ def main(argv: list[str]) -> None:
     if not spec.proof:
         print(f"written in {proof['seconds']} s, not proved: {words.dst}")
         return
-    same = "bit-equal" if proof["bit_equal"] else "NOT EQUAL"
+    apart = f"{proof['farthest']:.1%} apart at most" if "farthest" in proof else "NOT EQUAL"
+    same = "bit-equal" if proof["bit_equal"] else apart
     print(f"{proof['num_tensors']} tensors, {same}, {proof['dtype']}")
     for name, diff in proof["max_abs_logit_diff"].items():
         print(f"{name}: logits differ by at most {diff:.2g}, allowed {proof['bounds'][name]:.2g}")
+    if ran := proof.get("llama_cpp"):
+        print(f"in llama.cpp: logits differ by at most {ran['max_abs_logit_diff']:.2g}, allowed {ran['bound']:.2g}")
     if not proof["proved"]:
         raise ValueError(f"{words.dst} is not proved to be the model in {words.src}; see its proof.json")
     print(f"proved in {proof['seconds']} s: {words.dst}")

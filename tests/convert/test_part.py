@@ -68,7 +68,8 @@ def test_an_adapter_is_merged_into_its_tower(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["llava_v15/pretrain", "llava_v15/pretrain/mm_projector.bin", "xtuner_phi3/folder"]
+    "source",
+    ["llava_v15/pretrain", "llava_v15/pretrain/mm_projector.bin", "xtuner_phi3/folder", "hf_llava_448/model"],
 )
 def test_a_projector_goes_from_one_project_to_the_other_and_back(source: str, tmp_path: Path) -> None:
     alone(ASSETS / source, tmp_path / "xtuner", to="xtuner", part="projector")

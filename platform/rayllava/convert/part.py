@@ -8,7 +8,6 @@ DST    llm        a folder of transformers' class (hf, xtuner), or of a Llama (l
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,18 @@ import transformers
 from torch import Tensor
 
 from rayllava import durable
-from rayllava.checkpoint.layouts import LAYOUTS, Found, Own, Part, StoredModel, Weight, detect, in_whole, part_of
+from rayllava.checkpoint.layouts import (
+    LAYOUTS,
+    Found,
+    Own,
+    Part,
+    StoredModel,
+    Weight,
+    cannot_read,
+    detect,
+    in_whole,
+    part_of,
+)
 from rayllava.checkpoint.layouts._adapters import product, read_adapter
 from rayllava.checkpoint.layouts._llama import as_llama
 from rayllava.checkpoint.layouts._projector import sequence_name
@@ -36,13 +46,20 @@ from rayllava.model.parts import llm_config_of, tower_config
 from rayllava.model.source import base_folder, tower_folder
 from rayllava.model.streamed import streamed_module
 
-log = logging.getLogger(__name__)
-
 _TARGETS: dict[Part, tuple[str, ...]] = {
     "llm": ("hf", "xtuner", "llava"),
     "vision": ("hf", "xtuner"),
     "projector": ("xtuner", "llava"),
 }
+_WORD_FILES: tuple[str, ...] = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "*.jinja",
+)
+_PICTURE_FILES: tuple[str, ...] = ("preprocessor_config.json",)
+"""What lies beside a part's weights and is taken along, as patterns."""
 _IDS = [[1, 2, 3, 5, 8, 13, 21, 34, 55, 89], list(range(7, 39))]
 """Made-up texts whose logits are compared; every vocabulary has such rows."""
 
@@ -90,9 +107,8 @@ def _looked(src: Path, part: Part, scratch: Path) -> tuple[Found, Own, Path | No
     if not layouts and read_config(src).get("model_type") in kinds:
         return Found((), ()), Own(), src
     layout = detect(src, field="SRC")
-    if LAYOUTS[layout].own is LAYOUTS["hf"].own:
-        return Found((), ()), Own(), src
-    return LAYOUTS[layout].open(src, field="SRC"), LAYOUTS[layout].own(src, scratch), None
+    whole = LAYOUTS[layout].read is not cannot_read
+    return LAYOUTS[layout].open(src, field="SRC"), LAYOUTS[layout].own(src, scratch), src if whole else None
 
 
 def _base(src: Path, part: Part, own: Own, spec: SourceSpec) -> Path:
@@ -149,12 +165,12 @@ def _write(folder: Path, part: Part, piece: _Piece, base: Path) -> None:
     dtype = dtype_name(next(iter(piece.weights.values())).dtype)
     if part == "llm":
         durable.write_json(folder / "config.json", llm_words(piece.config, dtype))
-        names = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "*.jinja")
+        names = _WORD_FILES
         write_weights(folder, piece.weights)
     else:
         kind = TOWERS[piece.config.model_type]
         durable.write_json(folder / "config.json", part_words(piece.config, dtype) | {"architectures": [kind]})
-        names = ("preprocessor_config.json",)
+        names = _PICTURE_FILES
         prefix = "vision_model." if piece.config.model_type in ("clip_vision_model", "siglip_vision_model") else ""
         write_weights(folder, {f"{prefix}{name}": held for name, held in piece.weights.items()})
     for pattern in names:

@@ -79,16 +79,22 @@ def compare_logits(
     return found
 
 
-def compare_tensors(a: StoredModel, b: StoredModel) -> dict[str, Any]:
+def compare_tensors(a: StoredModel, b: StoredModel, *, tolerance: float = 0.0) -> dict[str, Any]:
     """Return whether the second holds what the first does, bit for bit, and how many tensors that are.
 
-    Rows of the vocabulary that the first has none of are not looked at.
+    Rows of the vocabulary that the first has none of are not looked at. With a `tolerance`, `different` are those
+    that are farther apart than that share of the first's length.
     """
     tied = a.config.text_config.tie_word_embeddings
     names = sorted(name for name in a.weights.keys() | b.weights.keys() if not (tied and name == TABLES[1]))
-    apart = [name for name in names if _digest(a, name, a) != _digest(b, name, a)]
-    found: dict[str, Any] = {"num_tensors": len(names), "bit_equal": not apart}
-    return found | {"different": apart[:20]} if apart else found
+    if tolerance:
+        farthest = {name: _distance(a, b, name) for name in names}
+        apart = [name for name, distance in farthest.items() if not distance <= tolerance]
+        found: dict[str, Any] = {"num_tensors": len(names), "bit_equal": False, "farthest": max(farthest.values())}
+    else:
+        apart = [name for name in names if _digest(a, name, a) != _digest(b, name, a)]
+        found = {"num_tensors": len(names), "bit_equal": not apart}
+    return found | {"tensors_agree": not apart} | ({"different": apart[:20]} if apart else {})
 
 
 def our_side(stored: StoredModel, spec: ProcessorSpec, prompts: Sequence[Prompt]) -> list[Seen]:
@@ -180,6 +186,17 @@ def _apart(one: Tensor | None, two: Tensor | None) -> float:
     if one is None or two is None:
         return 0.0 if one is two else math.inf
     return float((one - two).abs().max()) if one.shape == two.shape else math.inf
+
+
+def _distance(a: StoredModel, b: StoredModel, name: str) -> float:
+    """Return the length of the difference of two tensors as a share of the first's."""
+    if name not in a.weights or name not in b.weights:
+        return math.inf
+    one = a.weights[name].read().float()
+    two = b.weights[name].read().float()[: len(one)]
+    if one.shape != two.shape:
+        return math.inf
+    return float((one - two).norm() / one.norm().clamp_min(1e-30)) if one.norm() > 0 else float(two.norm())
 
 
 def _digest(stored: StoredModel, name: str, like: StoredModel) -> str:

@@ -10,12 +10,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import field_validator
 
 from rayllava import durable
+from rayllava.checkpoint import llamacpp
 from rayllava.checkpoint.layouts import LAYOUTS, Found, Layout, StoredModel, detect, fill
 from rayllava.checkpoint.manifest import ModelManifest, SourceSpec, local_model
 from rayllava.checkpoint.shards import num_bytes
@@ -30,6 +32,9 @@ log = logging.getLogger(__name__)
 
 _SHORT = {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16", "bf16": "bfloat16"}
 
+
+_LLAMA_CPP = 2e-2
+"""Its attention keeps keys and values in float16: so far may its logits be from torch's in any case, as a share."""
 
 _UNPROVED: dict[str, Any] = {"proved": False, "reason": "not asked for: --no-proof"}
 
@@ -82,7 +87,15 @@ def convert(src: Path | str, dst: Path, *, to: str, spec: ConvertSpec | None = N
             proof = dict(_UNPROVED)
             if spec.proof:
                 kind = spec.dtype or ("" if "" in layout.rounding else dtype_name(source.stored.dtype))
-                proof = _prove(source, carried, beside, manifest, spec, share=layout.rounding[kind])
+                proof = _prove(
+                    source,
+                    carried,
+                    beside,
+                    manifest,
+                    spec,
+                    share=layout.rounding[kind],
+                    tolerance=layout.tolerance.get(kind, 0.0),
+                )
                 proof["dtype"] = kind or dtype_name(carried.dtype)
             proof |= {"from": source.layout, "to": to, "seconds": round(time.perf_counter() - begin, 2)}
             durable.write_json(beside / "proof.json", proof)
@@ -130,6 +143,7 @@ def _prove(
     spec: SourceSpec,
     *,
     share: float,
+    tolerance: float,
 ) -> dict[str, Any]:
     """Return what was compared, and whether it agrees; logits may be apart by a `share` of the largest.
 
@@ -143,7 +157,7 @@ def _prove(
         lacking = SourceSpec(base="" if own.llm else spec.base, vision_tower="" if own.vision else spec.vision_tower)
         written = open_source(dst, lacking, scratch=Path(scratch) / "read", field="DST")
         with _progress("compared", carried) as watched:
-            proof = prove.compare_tensors(watched, written.stored)
+            proof = prove.compare_tensors(watched, written.stored, tolerance=tolerance)
         log.info("asking SRC, then DST: %s", ", ".join(prompt.name for prompt in prompts))
         ours = prove.our_side(source.stored, source.manifest.processor, prompts)
         if manifest.layout == "hf":
@@ -158,7 +172,10 @@ def _prove(
     proof["prompts"] = found
     proof["max_abs_logit_diff"] = {name: row["max_abs_logit_diff"] for name, row in found.items()}
     proof["bounds"] = {name: row.pop("bound") for name, row in found.items()}
-    proof["proved"] = proof["bit_equal"] and all(row["proved"] for row in found.values())
+    proof["proved"] = proof["tensors_agree"] and all(row["proved"] for row in found.values())
+    if manifest.layout == "gguf" and llamacpp.installed():
+        ran = _in_llama_cpp(dst / next(iter(manifest.files)), theirs[0], share=max(share, _LLAMA_CPP), rows=rows)
+        proof |= {"llama_cpp": ran, "proved": proof["proved"] and ran["proved"]}
     return proof
 
 
@@ -169,6 +186,16 @@ def _kept(source: Source, spec: ConvertSpec) -> Found:
     if spec.dtype:
         raise ValueError("--keep-adapters leaves every tensor as it is; leave --dtype out")
     return source.found
+
+
+def _in_llama_cpp(path: Path, seen: prove.Seen, *, share: float, rows: int) -> dict[str, Any]:
+    """Return how far llama.cpp's own logits of a prompt of words are from those of what was read back."""
+    last = llamacpp.logits_of(path, seen.ids.tolist())[-len(seen.logits) :, :rows]
+    want = seen.logits[:, :rows].numpy()
+    bound = share * max(float(abs(want).max()), 1.0)
+    apart = float(abs(last - want).max())
+    said = {"version": version("llama-cpp-python"), "max_abs_logit_diff": apart, "bound": bound}
+    return said | {"proved": apart <= bound}
 
 
 @contextmanager

@@ -273,6 +273,8 @@ class Layout:
     describe: Describe = cannot_describe
     rounding: Mapping[str, float] = field(default_factory=lambda: ROUNDING)
     """As ROUNDING, of this layout."""
+    tolerance: Mapping[str, float] = field(default_factory=dict)
+    """By type, where what is written is known only within that share of a tensor's length."""
 
 
 LAYOUTS = Shelf(__name__, Layout)

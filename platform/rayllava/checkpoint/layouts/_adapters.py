@@ -105,7 +105,7 @@ def write_adapter(folder: Path, found: Mapping[str, Adapter], *, task: str | Non
     if len(kinds) != 1:
         raise ValueError(f"adapters of {len(kinds)} ranks or scales have no place in one folder; merge them")
     [(rank, alpha, rslora)] = kinds
-    weights = {}
+    weights: dict[str, Held] = {}
     for module, one in found.items():
         weights |= {
             f"base_model.model.{module}.lora_{x}.weight": held for x, held in (("A", one.down), ("B", one.up))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayllava import durable
+from rayllava.checkpoint import llamacpp
 from rayllava.checkpoint.gguffile import (
     MAGIC,
     decoded,
@@ -53,7 +54,8 @@ log = logging.getLogger(__name__)
 _KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"} | {
     kind: kind.upper() for kind in ("q8_0", "q5_0", "q4_0")
 }
-"""ggml's type by what --dtype says."""
+"""ggml's type by what --dtype says; of those that llama.cpp mixes, what it is given."""
+_KINDS |= dict.fromkeys(llamacpp.FILE_TYPES, "F16")
 
 Entries = dict[str, tuple[Held, str]]
 """Tensor and ggml's type, by the name in the file."""
@@ -102,8 +104,12 @@ def own(path: Path, scratch: Path) -> Own:
 
 
 def carry(stored: StoredModel, dtype: str | None) -> StoredModel:
-    """Return a model as the pair gives it back: every tensor rounded, or quantized, as its file has it."""
+    """Return a model as the pair gives it back: every tensor rounded, or quantized, as its file has it.
+
+    Of a mixture that llama.cpp makes, what it is made of.
+    """
     held = _checked(stored)
+    llamacpp.check_installed(dtype or "")
     kind = _kind(held, dtype)
     llm, mmproj = _entries(held, kind)
     text = held.config.text_config
@@ -142,11 +148,15 @@ def fill(folder: Path, stored: StoredModel, manifest: ModelManifest, dtype: str 
     kind = _kind(held, dtype)
     llm, mmproj = _entries(held, kind)
     name = _called(manifest)
-    suffix = kind.lower()
+    suffix = dtype if dtype in llamacpp.FILE_TYPES else kind.lower()
     paired = "f32" if kind == "F32" else "f16"
     files = (f"{name}-{suffix}.gguf", f"{name}-mmproj-{paired}.gguf")
     numel = sum(math.prod(one.shape) for one, _ in llm.values())
-    write_gguf(folder / files[0], said_of_llm(held, spec, name=name, kind=kind, numel=numel), llm)
+    plain = folder / (files[0] if suffix == kind.lower() else "plain.gguf")
+    write_gguf(plain, said_of_llm(held, spec, name=name, kind=kind, numel=numel), llm)
+    if suffix in llamacpp.FILE_TYPES:
+        llamacpp.quantized(plain, folder / files[0], suffix)
+        plain.unlink()
     write_gguf(folder / files[1], said_of_tower(held, spec, name=name, kind=paired), mmproj)
     if words := modelfile(files, spec, held.tokenizer_dir):
         durable.write_text(folder / f"OLLAMA_MODELFILE_{suffix.upper()}", words)
@@ -288,5 +298,10 @@ def _without_effect(weights: list[Weight], depth: int) -> Iterator[Weight]:
 # The projector is float16 in any file. What four bits cost a model, they cost it in llama.cpp too: that the file
 # holds the numbers which it was to hold is compared bit by bit.
 _ROUNDING = {"float32": 1e-2, "float16": 1e-2, "bfloat16": 5e-2, "q8_0": 0.1, "q5_0": 0.5, "q4_0": 1.0}
+_ROUNDING |= {"q5_k_m": 0.5, "q4_k_m": 1.0}
+_TOLERANCE = {"q5_k_m": 0.06, "q4_k_m": 0.12}
+"""Of mixtures that llama.cpp makes: how far a tensor may be from what it was, as a share of its length."""
 
-PLUG = Layout(detect=detect, open=find, named=named, fill=fill, own=own, carry=carry, rounding=_ROUNDING)
+PLUG = Layout(
+    detect=detect, open=find, named=named, fill=fill, own=own, carry=carry, rounding=_ROUNDING, tolerance=_TOLERANCE
+)
