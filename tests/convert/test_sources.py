@@ -273,3 +273,33 @@ def test_the_job_takes_parts_by_flags(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "proved in" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("llava_v15/whole", ["--conv-mode", "vicuna_v1", "vision_tower=llava_v15/vision", "--load-4bit"]),
+        (
+            "xtuner_internlm2/llm",
+            [
+                *("--llava", "xtuner_internlm2/folder", "--visual-encoder", "xtuner_internlm2/vision"),
+                *("--prompt-template", "internlm2_chat"),
+            ],
+        ),
+        ("gguf_llava/llava-tiny-f16.gguf", ["template=vicuna_v1", "quant=int8"]),
+    ],
+)
+def test_the_chat_takes_any_layout(path: str, words: list[str], tmp_path: Path) -> None:
+    said = [
+        word if "/" not in word else word.replace("=", f"={ASSETS}/") if "=" in word else f"{ASSETS}/{word}"
+        for word in words
+    ]
+    if path.endswith(".gguf"):  # beside one mmproj file
+        for name in (path, "gguf_llava/mmproj-f16.gguf"):
+            shutil.copyfile(ASSETS / name, tmp_path / Path(name).name)
+        path = str(tmp_path / Path(path).name)
+    picture = str(ASSETS / "llava_v15" / "image.png")
+    lines = f"/image {picture}\nWhat is shown?\nAnd here?\n/quit\nNever?\n"
+    done = job("jobs/chat.py", str(ASSETS / path), *said, "--image", picture, "max_new_tokens=5", input=lines)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 for the next question\n") and done.stdout.count("\n") >= 3
