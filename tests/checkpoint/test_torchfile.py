@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from rayllava.checkpoint.inert import Inert, Name
-from rayllava.checkpoint.torchfile import FileTensor, read, tensors
+from rayllava.checkpoint.torchfile import read, tensors
+from rayllava.checkpoint.torchvalues import FileTensor
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PUBLISHED = ASSETS / "llava_v15" / "pretrain" / "mm_projector.bin"
