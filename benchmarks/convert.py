@@ -57,6 +57,7 @@ def main() -> None:
     for to in TARGETS:
         command = [python, str(ROOT / "jobs" / "convert.py"), str(source), str(WORK / "out"), "--to", to, "--force"]
         commands |= {f"to {to}, no proof": [*command, "--no-proof"], f"to {to}": command}
+    commands["to gguf, q8_0"] = [*command, "--dtype", "q8_0"]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for number in range(words.repetitions):
         for name, command in commands.items():
@@ -170,8 +171,11 @@ def render(report: dict[str, Any]) -> str:
         for name, one in middle.items()
     ]
     lines += table(["", "seconds", "of load-and-save", "peak, MB"], rows)
-    worst = max((name for name in middle if name != "load-and-save"), key=lambda name: middle[name]["peak"])
-    peak = max(one["peak"] for one in report["runs"][worst])
+    peaks = {
+        name: max(one["peak"] for one in ones) for name, ones in report["runs"].items() if name != "load-and-save"
+    }
+    worst = max(peaks, key=lambda name: peaks[name])
+    peak = peaks[worst]
     word = "PASS" if peak <= most else "MISS"
     target = f"target {SHARE} x the largest file + {SPARE / 1e6:.0f} MB = {most / 1e6:.0f} MB"
     lines += ["", f"- {word} peak {peak / 1e6:.0f} MB ({worst}), {target}"]

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from rayllava import driver
 from rayllava.generate.ask import AskSpec, endpoint, folder
@@ -42,20 +44,25 @@ def main(argv: list[str]) -> None:
     if words.dry_run:
         print(json.dumps({"model": words.model, "images": words.image} | spec.model_dump(), indent=1))
         return
-    from rayllava.generate.terminal import Chat
+    from rayllava.generate.terminal import Chat, picture
 
+    images = [picture(image) for image in words.image]
     served = words.model.startswith(("http://", "https://"))
     chat = Chat(endpoint(words.model, spec) if served else folder(words.model, spec), system=words.system)
-    for image in words.image:
+    for image in images:
         chat.put(image)
     for line in [words.prompt] if words.prompt else _lines():
         try:
             for piece in chat.take(line):
                 print(piece, end="", flush=True)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if words.prompt or not sys.stdin.isatty():
                 raise
-            print(error)
+            print(f"error: {error}")
+        except KeyboardInterrupt:  # of an answer: the dialogue is as it was before the question
+            if not sys.stdin.isatty():
+                raise
+            print()
         if chat.over:
             return
 
@@ -79,21 +86,27 @@ def _words(argv: list[str]) -> argparse.Namespace:
         theirs.add_argument(flag, metavar="VALUE", help=f"{field}=VALUE")
     words = parser.parse_intermixed_args(argv)
     fields = []
-    if words.model and "=" in words.model and "://" not in words.model:  # a field where a flag has named the model
+    if words.model and re.match(r"[a-z_]+=", words.model):  # a field where a flag has named the model
         words.model, words.fields = None, [words.model, *words.fields]
     if words.checkpoint:
-        # XTuner names the language model first, and what was trained on it by a flag.
-        fields += [f"base={words.model}"] if words.model else []
+        # XTuner names the language model first, and what was trained on it by a flag; both are one where all was.
+        fields += [f"base={words.model}"] if words.model and not _inside(words.model, words.checkpoint) else []
         words.model = words.checkpoint
     if not words.model:
         parser.error("no MODEL is given")
     for flag, field in THEIRS.items():
         value = getattr(words, flag.removeprefix("--").replace("-", "_"))
+        value = None if field == "vision_tower" and value and _inside(value, words.model) else value
         fields += [f"{field}={value}"] if value is not None else []
     quants = {"nf4": words.load_4bit or words.bits == 4, "int8": words.load_8bit or words.bits == 8}
     fields += [f"quant={name}" for name, wanted in quants.items() if wanted]
     words.fields = fields + words.fields
     return words
+
+
+def _inside(part: str, model: str) -> bool:
+    """Whether a part's folder is the model's own, or lies in it."""
+    return Path(model).resolve() in (Path(part).resolve(), *Path(part).resolve().parents)
 
 
 def _lines() -> Iterator[str]:

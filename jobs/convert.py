@@ -19,6 +19,8 @@ fields: template=NAME   aspect=pad|crop   family=NAME
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from pathlib import Path
 
 from rayllava import driver
@@ -65,9 +67,11 @@ def main(argv: list[str]) -> None:
         print(json.dumps({"src": words.src, "dst": words.dst, "to": words.to} | spec.model_dump(), indent=1))
         return
     if words.explain:
+        print("DST", "type and shape", "SRC", "what is done", sep="\t")
         for row in explain(words.src, to=words.to, spec=spec):
             print("\t".join(row))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: ended from outside; nothing is left of DST"))
     proof = convert(words.src, Path(words.dst), to=words.to, spec=spec)
     if not spec.proof:
         print(f"written in {proof['seconds']} s, not proved: {words.dst}")
@@ -80,7 +84,7 @@ def main(argv: list[str]) -> None:
     if ran := proof.get("llama_cpp"):
         print(f"in llama.cpp: logits differ by at most {ran['max_abs_logit_diff']:.2g}, allowed {ran['bound']:.2g}")
     if not proof["proved"]:
-        raise ValueError(f"{words.dst} is not proved to be the model in {words.src}; see its proof.json")
+        raise ValueError(f"what was made is not the model in {words.src}: see {proof['at']}/proof.json")
     print(f"proved in {proof['seconds']} s: {words.dst}")
 
 

@@ -196,7 +196,9 @@ def test_a_modelfile_says_the_template_in_ollamas_words(written: tuple[str, Path
     kind, folder = written
     lines = (folder / f"OLLAMA_MODELFILE_{kind.upper()}").read_text()
     assert lines.startswith(f"FROM ./model-{kind}.gguf\nFROM ./model-mmproj-{kind}.gguf\nTEMPLATE ")
-    assert "{{ if .Prompt }}USER: {{ .Prompt }} {{ end }}ASSISTANT: {{ .Response }}</s>" in lines
+    assert "{{ if .System }}{{ .System }} {{ end }}{{ if .Prompt }}USER: {{ .Prompt }} {{ end }}" in lines
+    assert "ASSISTANT:{{ .Response }}</s>" in lines
+    assert 'SYSTEM """A chat between a curious user' in lines
     assert 'PARAMETER stop "</s>"' in lines and 'PARAMETER stop "USER:"' in lines and "<image>" not in lines
 
 

@@ -39,7 +39,8 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_export_is_proved_to_answer_alike_in_plain_transformers(export: Path, tmp_path: Path) -> None:
     proof = convert(export.parent, tmp_path / "hf", to="hf")
     assert proof["proved"] and proof["bit_equal"], proof
-    assert json.loads((tmp_path / "hf" / "proof.json").read_text()) == proof
+    assert json.loads((tmp_path / "hf" / "proof.json").read_text()) | {"at": str(tmp_path / "hf")} == proof
+    assert read_model_manifest(tmp_path / "hf").proved is True
     assert proof.keys() >= {"max_abs_logit_diff", "bounds", "num_tensors", "bit_equal", "seconds"}
     assert all(row["ids_equal"] and row["max_abs_pixel_diff"] <= 1e-6 for row in proof["prompts"].values())
     assert read_model_manifest(tmp_path / "hf").step == 7
@@ -119,9 +120,14 @@ def test_a_damaged_tensor_is_no_proof(export: Path, tmp_path: Path, monkeypatch:
         return plain(folder, *rest)
 
     monkeypatch.setattr(prove, "plain_side", damaged)
-    proof = convert(export, tmp_path / "hf", to="hf")
+    convert(export, tmp_path / "hf", to="hf", spec=ConvertSpec(proof=False))
+    before = (tmp_path / "hf" / "proof.json").read_text()
+    proof = convert(export, tmp_path / "hf", to="hf", spec=ConvertSpec(force=True))
     assert not proof["proved"]
     assert proof["prompts"]["words"]["proved"] and not proof["prompts"]["wide"]["proved"]
+    # What failed lies beside, and what was there is there.
+    assert proof["at"] == str(tmp_path / "hf.unproved") and (tmp_path / "hf" / "proof.json").read_text() == before
+    assert read_model_manifest(tmp_path / "hf.unproved").proved is False
 
 
 def test_what_cannot_be_done_is_said_with_the_cure(export: Path, tmp_path: Path) -> None:
@@ -133,8 +139,16 @@ def test_what_cannot_be_done_is_said_with_the_cure(export: Path, tmp_path: Path)
         convert(PUBLISHED, tmp_path / "out", to="hf")
     with pytest.raises(ValueError, match="template=nonsense is none of"):
         convert(PUBLISHED, tmp_path / "out", to="hf", spec=ConvertSpec(template="nonsense"))
-    with pytest.raises(ValueError, match="would overwrite SRC"):
-        convert(export, export, to="hf")
+    with pytest.raises(ValueError, match="would overwrite"):
+        convert(export, export, to="hf", spec=ConvertSpec(force=True))
+    with pytest.raises(ValueError, match="SRC=nowhere does not exist; give a checkpoint that is here"):
+        convert("nowhere", tmp_path / "out", to="hf")
+    with pytest.raises(ValueError, match="DST=s3:/bucket/out is an address; give a folder on a disk"):
+        convert(export, Path("s3://bucket/out"), to="hf")
+    with pytest.raises(ValueError, match="is a whole model; leave --base out"):
+        convert(export, tmp_path / "out", to="llava", spec=ConvertSpec(base=str(export)))
+    with pytest.raises(ValueError, match="part=llm is written with its adapters merged; leave --keep-adapters out"):
+        convert(export, tmp_path / "out", to="hf", spec=ConvertSpec(part="llm", keep_adapters=True))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="is not empty; give another folder, or add --force"):

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rayllava.convert import run
+from rayllava.convert import target
 from rayllava.convert.run import ConvertSpec, convert
 from tests.checkpoint.attacks import NAMES, attacks, text, zipped
+from tests.convert.test_convert import job
 
 ASSETS = Path(__file__).parents[1] / "assets"
 LLAVA = ASSETS / "llava_v15"
@@ -85,22 +86,23 @@ def tensor(stored: bytes, *, offset: int = 0, size: int = 4, stride: int = 1) ->
 
 
 TRICKS = {
-    "a storage that is not there": tensor(storage("9", 4)),
-    "a storage larger than its bytes": tensor(storage("0", 1 << 40), size=1 << 40),
-    "a tensor beyond its storage": tensor(storage("0", 16), offset=14),
-    "a stride that reaches beyond": tensor(storage("0", 16), stride=1 << 30),
-    "a negative offset": tensor(storage("0", 16), offset=-4),
-    "a negative size": tensor(storage("0", 16), size=-1),
-    "a storage of no known type": tensor(storage("0", 16, "EvilStorage")),
-    "a storage out of a path": tensor(storage("../../data", 16)),
-    "one storage of two kinds": b"(" + tensor(storage("0", 16)) + tensor(storage("0", 8, "DoubleStorage")) + b"t",
+    "it lacks storage '9'": tensor(storage("9", 4)),
+    "is smaller than its pickle says": tensor(storage("0", 1 << 40), size=1 << 40),
+    "a tensor reaches beyond its storage": tensor(storage("0", 16), offset=14),
+    "beyond its storage of 16 elements": tensor(storage("0", 16), stride=1 << 30),
+    "a tensor has a shape that is none": tensor(storage("0", 16), offset=-4),
+    "has a shape that is none": tensor(storage("0", 16), size=-1),
+    "refers to something beside its storages": tensor(storage("0", 16, "EvilStorage")),
+    "it lacks storage '../../data'": tensor(storage("../../data", 16)),
+    "is said to be of two kinds": b"(" + tensor(storage("0", 16)) + tensor(storage("0", 8, "DoubleStorage")) + b"t",
 }
+"""What is said, and the pickle that it is said of."""
 
 
-@pytest.mark.parametrize("name", TRICKS)
-def test_a_storage_that_lies_is_refused(name: str, tmp_path: Path) -> None:
-    pickled = b"\x80\x04}" + text("projector.model.0.weight") + TRICKS[name] + b"s."
-    refused(zipped(tmp_path / "iter_1.pth", pickled), tmp_path / "out")
+@pytest.mark.parametrize("said", TRICKS)
+def test_a_storage_that_lies_is_refused(said: str, tmp_path: Path) -> None:
+    pickled = b"\x80\x04}" + text("projector.model.0.weight") + TRICKS[said] + b"s."
+    assert said in refused(zipped(tmp_path / "iter_1.pth", pickled), tmp_path / "out")
 
 
 def _nested_zip(path: Path) -> None:
@@ -125,10 +127,18 @@ def _cut(path: Path) -> None:
     path.write_bytes((LLAVA / "pretrain" / "mm_projector.bin").read_bytes()[:3000])
 
 
-@pytest.mark.parametrize("make", [_nested_zip, _bomb, _two_records, _cut])
-def test_a_container_that_is_none_is_refused(make: Callable[[Path], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (_nested_zip, "cannot be read"),
+        (_bomb, "is compressed or encrypted"),
+        (_two_records, "two records of one name"),
+        (_cut, "cannot be read"),
+    ],
+)
+def test_a_container_that_is_none_is_refused(make: Callable[[Path], None], said: str, tmp_path: Path) -> None:
     make(tmp_path / "iter_1.pth")
-    refused(tmp_path / "iter_1.pth", tmp_path / "out")
+    assert said in refused(tmp_path / "iter_1.pth", tmp_path / "out")
 
 
 # -- damaged folders -----------------------------------------------------------------------------------------
@@ -181,14 +191,23 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     assert "twice" in refused(folder, tmp_path / "out", WHOLE)
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(run, "card", full)  # the tensors are written by then
-    with pytest.raises(OSError, match="No space left"):
-        convert(LLAVA / "whole", tmp_path / "out", to="hf", spec=WHOLE)
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    words = ["jobs/convert.py", str(LLAVA / "whole"), str(tmp_path / "out"), "--to", "hf", "template=vicuna_v1"]
+    words += ["--vision-tower", str(LLAVA / "vision")]
+    done = job("-c", limited + f"sys.argv = {words}; runpy.run_path(sys.argv[0], run_name='__main__')")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: DST={tmp_path / 'out'} cannot be written (File too large); nothing is left of it")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
+    said = refused(LLAVA / "whole", tmp_path / "out", WHOLE)
+    assert "GB are to be written, and its disk has room for 0.0; give a folder on another" in said
 
 
 def test_what_is_there_is_replaced_only_by_force(tmp_path: Path) -> None:
@@ -199,6 +218,17 @@ def test_what_is_there_is_replaced_only_by_force(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
     convert(LLAVA / "whole", tmp_path / "out", to="hf", spec=WHOLE.but(force=True, proof=False))
     assert not (tmp_path / "out" / "thesis.tex").exists() and (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("to", ["hf", "llava", "xtuner", "gguf"])
+def test_a_hugging_face_folder_is_looked_through_before_anything_is_written(to: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(ASSETS / "hf_llava_448" / "model", tmp_path / "hf")
+    said = "lacks model.language_model.norm.weight (64,); give a whole model"
+    rewritten(folder, lambda tensors: tensors.__delitem__("language_model.model.norm.weight"))
+    assert said in refused(folder, tmp_path / "out", ConvertSpec(template="vicuna_v1"), to=to)
+    rewritten(folder, lambda tensors: tensors.update({"language_model.model.norm.weight": torch.ones(65)}))
+    said = "model.language_model.norm.weight is (65,), its config says (64,)"
+    assert said in refused(folder, tmp_path / "out", ConvertSpec(template="vicuna_v1", proof=False), to=to)
 
 
 # -- GGUF ----------------------------------------------------------------------------------------------------

@@ -39,6 +39,14 @@ def test_a_language_model_becomes_a_llama(family: str, tmp_path: Path) -> None:
     assert any((tmp_path / "llama" / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
+def test_a_base_is_not_destroyed_by_force(tmp_path: Path) -> None:
+    folder = make(tmp_path / "made", "llama3", "lora")
+    spec = ConvertSpec(part="llm", base=str(folder / "llm"), family="llama3", force=True)
+    with pytest.raises(ValueError, match=r"would overwrite .*llm; give another folder"):
+        convert(folder / "trained" / "llm_adapter", folder / "llm", to="hf", spec=spec)
+    assert (folder / "llm" / "config.json").is_file()
+
+
 @pytest.mark.parametrize("family", ["llama3", "phi3", "internlm2"])
 def test_an_adapter_is_merged_into_its_language_model(family: str, tmp_path: Path) -> None:
     folder = make(tmp_path / "made", family, "lora")

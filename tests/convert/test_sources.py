@@ -16,6 +16,7 @@ from rayllava.checkpoint.layouts import LAYOUTS, detect
 from rayllava.checkpoint.manifest import read_model_manifest
 from rayllava.convert.run import ConvertSpec, convert
 from rayllava.model.restore import restore
+from tests.checkpoint.hub_server import Hub
 from tests.convert.test_convert import job
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -240,7 +241,7 @@ def test_a_smaller_tower_is_fitted_to_larger_pictures(tmp_path: Path) -> None:
         ("xtuner whole", {"vision_tower": "x"}, "holds its vision tower whole; leave --vision-tower out"),
         ("xtuner pth", {"vision_tower": ""}, "does not name its vision tower; add --vision-tower DIR"),
         ("llava whole", {"vision_tower": ""}, "names a vision tower that is not here: --vision-tower=clip-vit-tiny"),
-        ("llava lora", {"base": "/none"}, "--base=/none has no config.json; give a folder that holds a model"),
+        ("llava lora", {"base": "/none"}, "--base=/none does not exist; give a model folder or a hub id"),
         ("llava lora", {"template": None}, "does not say how its model is asked; add template=NAME"),
         (
             "llava lora",
@@ -303,3 +304,67 @@ def test_the_chat_takes_any_layout(path: str, words: list[str], tmp_path: Path) 
     done = job("jobs/chat.py", str(ASSETS / path), *said, "--image", picture, "max_new_tokens=5", input=lines)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2 for the next question\n") and done.stdout.count("\n") >= 3
+
+
+def test_a_whole_model_beside_a_projector_is_read_whole(tmp_path: Path) -> None:
+    source = SOURCES["llava tuned"]
+    folder = shutil.copytree(ASSETS / source.path, tmp_path / "llava")
+    shutil.copyfile(ASSETS / "llava_v15" / "pretrain" / "mm_projector.bin", folder / "mm_projector.bin")
+    spec = asked(source).but(vision_tower=str(ASSETS / "llava_v15" / "vision"))
+    for path, name in ((ASSETS / source.path, "want"), (folder, "got")):
+        assert convert(path, tmp_path / name, to="hf", spec=spec)["proved"]
+    want, got = (load_file(tmp_path / name / "model.safetensors") for name in ("want", "got"))
+    assert all(torch.equal(want[key], got[key]) for key in want)
+
+
+def test_adapters_on_a_whole_llava_are_merged_into_it(tmp_path: Path) -> None:
+    source = SOURCES["llava lora"]
+    spec = asked(source, dtype="float32")
+    convert(ASSETS / source.path, tmp_path / "one", to="llava", spec=spec)
+    again = spec.but(base=str(tmp_path / "one"))
+    proof = convert(ASSETS / source.path, tmp_path / "two", to="hf", spec=again)
+    assert proof["proved"], proof
+    one, two = (load_file(tmp_path / path / "model.safetensors") for path in ("one", "two"))
+    own = load_file(ASSETS / "llava_v15" / "llm" / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    twice = two[f"language_model.{name}"] - one[name]
+    assert (twice - (one[name] - own[name].float())).abs().max() < 1e-5 < twice.abs().max()
+
+
+def test_old_readers_find_what_they_know(tmp_path: Path) -> None:
+    """What transformers 4.37 and its tokenizers want, which LLaVA's own code pins."""
+    for name, to in (("llava whole", "llava"), ("llava of xtuner", "llava"), ("xtuner whole", "hf")):
+        folder = tmp_path / name.replace(" ", "-")
+        convert(ASSETS / SOURCES[name].path, folder, to=to, spec=asked(SOURCES[name]))
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        assert all(isinstance(merge, str) for merge in tokenizer["model"]["merges"])
+        cut = tokenizer["pre_tokenizer"]
+        if cut and cut["type"] == "Metaspace":
+            assert cut["add_prefix_space"] is True and cut["prepend_scheme"] == "first"
+        config = json.loads((folder / "config.json").read_text())
+        text = config.get("text_config", config)
+        assert "auto_map" not in text and "rope_theta" in text
+        assert text["architectures"] == {"llava": ["LlavaLlamaForCausalLM"], "hf": ["Phi3ForCausalLM"]}[to]
+
+
+def test_a_template_of_another_family_is_refused(tmp_path: Path) -> None:
+    source = SOURCES["xtuner whole"]
+    with pytest.raises(ValueError, match="holds a language model of type phi3, which is not of family vicuna"):
+        convert(ASSETS / source.path, tmp_path / "out", to="hf", spec=ConvertSpec(template="vicuna_v1"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_may_be_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Hub("acme/llm", ASSETS / "llava_v15" / "llm", commit="1" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    url = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    source = SOURCES["llava lora"]
+    try:
+        proof = convert(ASSETS / source.path, tmp_path / "hf", to="hf", spec=asked(source).but(base="acme/llm"))
+    finally:
+        server.stop()
+    assert proof["proved"], proof
+    assert read_model_manifest(tmp_path / "hf").parts["llm"] == "acme/llm"
+    assert "`acme/llm`" in (tmp_path / "hf" / "README.md").read_text()

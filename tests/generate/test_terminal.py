@@ -90,6 +90,22 @@ def test_what_cannot_be_is_said_and_the_dialogue_goes_on(line: str, message: str
     assert said(chat, "What?") == "answer 1.\n"
 
 
+def test_a_question_that_fails_leaves_the_dialogue_as_it_was() -> None:
+    def fail(turns: tuple[Turn, ...], _: tuple[bytes, ...]) -> Iterator[str]:
+        yield "I"
+        if turns[-1].text.endswith("Boom?"):
+            raise ValueError("the prompt takes 9000 positions")
+
+    chat = Chat(fail)
+    said(chat, "What?")
+    before = chat.turns, chat.pictures
+    for line in ("Boom?", "Boom?"):
+        with pytest.raises(ValueError, match="9000 positions"):
+            said(chat, f"/image {PICTURE}", line)
+        assert (chat.turns, chat.pictures) == before
+    assert said(chat, "Why?") == "I\n" and chat.turns[2].text == "<image>\n<image>\nWhy?"
+
+
 def test_help_and_quit() -> None:
     chat = Chat(Echo())
     assert "/regen" in said(chat, "/help") and not chat.over
@@ -110,6 +126,12 @@ def test_help_and_quit() -> None:
             "lora",
             ["base=vicuna", "template=vicuna_v1", "quant=nf4"],
         ),
+        (
+            ["mine", "--llava", "mine", "--visual-encoder", "mine/visual_encoder", "--prompt-template", "phi3_chat"],
+            "mine",
+            ["template=phi3_chat"],
+        ),
+        (["--llava", "mine", "vision_tower=s3://models/clip"], "mine", ["vision_tower=s3://models/clip"]),
         (["--model-path", "mine", "--bits", "8", "threads=1"], "mine", ["quant=int8", "threads=1"]),
     ],
 )

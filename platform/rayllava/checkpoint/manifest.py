@@ -33,6 +33,8 @@ class ModelManifest(Spec):
     """What its language model (llm) and tower (vision) are called where they come from: hub ids, where known."""
     num_own_rows: int | None = None
     """Rows of the vocabulary that the language model came with; empty in manifests from before this was said."""
+    proved: bool | None = None
+    """Whether a conversion proved that this is the model it was made from; empty for what training wrote."""
     recipe: dict[str, Any] | None = None
     """Of the run that trained it; empty for a model that came from elsewhere."""
     step: int | None = None

@@ -64,6 +64,8 @@ def read_llm_config(folder: Path, *, family: str) -> dict[str, Any]:
     """
     config = read_config(folder)
     config = config.get("text_config", {}) if is_whole(folder) else config
+    if "mm_vision_tower" in config:  # a whole model of LLaVA's own, of which the language model is taken
+        config = {**config, "model_type": "llama"}
     kind, plug = config.get("model_type"), FAMILIES[family]
     if kind not in (plug.model_type, plug.remap):
         fits = [name for name, other in FAMILIES.items() if kind in (other.model_type, other.remap)]

@@ -31,7 +31,7 @@ def pinned(model: ModelSpec, *, before: ModelSpec | None = None) -> ModelSpec:
     naming the field when a part is not there, or when they cannot become a model.
     """
     known = {name: getattr(before, name, "") for name in PARTS}
-    model = model.but(**{name: _pin(getattr(model, name), f"model.{name}", known[name]) for name in PARTS})
+    model = model.but(**{name: pin(getattr(model, name), f"model.{name}", known[name]) for name in PARTS})
     local = here(model)
     try:
         check_parts(local)
@@ -102,7 +102,8 @@ def _whole(at: Path) -> bool:
         return False
 
 
-def _pin(reference: str, field: str, known: str) -> str:
+def pin(reference: str, field: str, known: str = "") -> str:
+    """Return what a person calls a part, named for good; ValueError, naming `field`, when it is not there."""
     if Place(reference).remote:
         return reference
     if Path(reference).is_dir():

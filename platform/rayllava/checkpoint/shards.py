@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,15 @@ if TYPE_CHECKING:
 MAX_SHARD_BYTES = 4_000_000_000
 
 
-def write_weights(folder: Path, weights: Mapping[str, Held], *, stem: str = "model") -> dict[str, str]:
+def write_weights(
+    folder: Path, weights: Mapping[str, Held], *, stem: str = "model", whole: bool = False
+) -> dict[str, str]:
     """Write tensors into `folder` under their names and return the digest of every file by its name.
 
-    No file but that of a single giant exceeds MAX_SHARD_BYTES. The same tensors give the same bytes.
+    No file but that of a single giant exceeds MAX_SHARD_BYTES, unless all is to lie in a `whole` one. The same
+    tensors give the same bytes.
     """
-    shards = list(_shards(weights, MAX_SHARD_BYTES))
+    shards = list(_shards(weights, sys.maxsize if whole else MAX_SHARD_BYTES))
     if len(shards) == 1:
         return {f"{stem}.safetensors": _write(folder / f"{stem}.safetensors", shards[0])}
     digests: dict[str, str] = {}

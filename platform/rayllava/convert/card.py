@@ -18,26 +18,27 @@ from rayllava.place import Place
 _OPEN = "not stated"
 _LIBRARY = {"hf": "transformers", "llava": "llava", "xtuner": "xtuner", "gguf": "llama.cpp"}
 
-_QUICKSTART = {
-    "hf": """```python
+_THEIR_NAMES = {
+    "llava": {"vicuna_v1": "vicuna_v1", "llava_v1": "llava_v1", "mpt": "mpt", "llava_llama_2": "llava_llama_2"},
+    "xtuner": {
+        "vicuna": "vicuna",
+        "vicuna_v1": "vicuna",
+        **{name: name for name in ("internlm_chat", "internlm2_chat", "llama3_chat", "phi3_chat", "qwen_chat")},
+    },
+}
+"""What LLaVA's and XTuner's programs call our templates, where they know them."""
+
+_TRANSFORMERS = """```python
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("DIR", dtype="auto")
 processor = AutoProcessor.from_pretrained("DIR")
-```""",
-    "llava": """```
-python -m llava.serve.cli --model-path DIR --image-file cat.jpg --conv-mode TEMPLATE
-```
-
-LLaVA's loader wants `llava` in the folder's name, and looks for `vision_tower` from where it is started.""",
-    "xtuner": """```
-xtuner chat DIR --llava DIR --prompt-template TEMPLATE --image cat.jpg
-```""",
-    "gguf": """```
-ollama create mine -f DIR/OLLAMA_MODELFILE_KIND
-llama-mtmd-cli -m DIR/LLM --mmproj DIR/MMPROJ --image cat.jpg -p "What is this?"
-```""",
-}
+dialogue = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+words = processor.apply_chat_template(dialogue, add_generation_prompt=True)
+given = processor(text=words, images=[Image.open("cat.jpg")], return_tensors="pt").to(model.dtype)
+print(processor.decode(model.generate(**given, max_new_tokens=100)[0], skip_special_tokens=True))
+```"""
 
 
 def card(manifest: ModelManifest, stored: StoredModel, name: str) -> str:
@@ -122,12 +123,23 @@ def _parts(manifest: ModelManifest) -> dict[str, str]:
 
 
 def _quickstart(manifest: ModelManifest) -> str:
-    text = _QUICKSTART[manifest.layout].replace("TEMPLATE", manifest.processor.template)
-    if manifest.layout == "gguf":
+    """Return how the model is asked: by its layout's own programs, where they know its template, and by ours."""
+    name = _THEIR_NAMES.get(manifest.layout, {}).get(manifest.processor.template)
+    told = []
+    if manifest.layout == "hf":
+        told = [_TRANSFORMERS]
+    elif manifest.layout == "llava" and name:
+        told = [f"```\npython -m llava.serve.cli --model-path DIR --image-file cat.jpg --conv-mode {name}\n```"]
+        told += [
+            "Its loader wants `llava` in the folder's name, and looks for `vision_tower` from where it is started."
+        ]
+    elif manifest.layout == "xtuner" and name:
+        told = [f"```\nxtuner chat DIR --llava DIR --prompt-template {name} --image cat.jpg\n```"]
+    elif manifest.layout == "gguf":
         llm, mmproj = manifest.files
-        kind = llm.rpartition("-")[2].removesuffix(".gguf").upper()
-        text = text.replace("LLM", llm).replace("MMPROJ", mmproj).replace("KIND", kind)
-    return f"{text}\n\n```\npython jobs/chat.py DIR --image cat.jpg\n```"
+        told = [f'```\nllama-mtmd-cli -m DIR/{llm} --mmproj DIR/{mmproj} --image cat.jpg -p "What is this?"\n```']
+        told += ["With Ollama: `ollama create NAME -f` the Modelfile, where there is one beside this card."]
+    return "\n\n".join([*told, "```\npython jobs/chat.py DIR --image cat.jpg\n```"])
 
 
 def _reproduce(manifest: ModelManifest) -> str:

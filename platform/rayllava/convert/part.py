@@ -8,6 +8,7 @@ DST    llm        a folder of transformers' class (hf, xtuner), or of a Llama (l
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from rayllava.checkpoint.manifest import SourceSpec
 from rayllava.checkpoint.parts import TOWERS, is_whole, read_llm_config, read_tower_config
 from rayllava.checkpoint.shards import raw, write_weights
 from rayllava.checkpoint.weights import Held, dtype_name, open_weights, read_config, weight_files
+from rayllava.convert.watch import watched
 from rayllava.families import FAMILIES
 from rayllava.model.compose import compose_part
 from rayllava.model.parts import llm_config_of, tower_config
@@ -55,6 +57,8 @@ _WORD_FILES: tuple[str, ...] = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
     "generation_config.json",
     "*.jinja",
 )
@@ -71,7 +75,8 @@ class _Piece:
     config: Any
     weights: dict[str, Held]
     """By the names of the class."""
-    make: Callable[[], Any]
+    kind: Any
+    """The class."""
 
 
 def write_part(
@@ -90,7 +95,8 @@ def write_part(
     base = alone or _base(src, part, own, spec)
     piece = _piece(part, found, base, own, spec, exact=bool(dtype), said=f"SRC={src}")
     written = _cast(_llama(piece) if to == "llava" else piece, dtype)
-    _write(folder, part, written, base)
+    with watched("written", _stored(written.weights)) as stored:
+        _write(folder, part, dataclasses.replace(written, weights=dict(stored.weights)), base)
     return lambda: _proof(part, piece, written, folder, rounded=dtype)
 
 
@@ -128,7 +134,7 @@ def _piece(part: Part, found: Found, base: Path, own: Own, spec: SourceSpec, *, 
     with torch.device("meta"):
         shapes = {in_whole(part, name): tuple(p.shape) for name, p in kind(config).named_parameters()}
     laid = compose_part(part, found, base, words, shapes=shapes, exact=exact, said=said)
-    return _Piece(config, {part_of(name)[1]: held for name, held in laid.items()}, lambda: kind(config))
+    return _Piece(config, {part_of(name)[1]: held for name, held in laid.items()}, kind)
 
 
 def _family(folder: Path) -> str:
@@ -151,14 +157,18 @@ def _llama(piece: _Piece) -> _Piece:
     held = as_llama(stored, layout="llava")
     config = held.config.text_config
     kind: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return _Piece(config, {part_of(name)[1]: one for name, one in held.weights.items()}, lambda: kind(config))
+    return _Piece(config, {part_of(name)[1]: one for name, one in held.weights.items()}, kind)
 
 
 def _cast(piece: _Piece, dtype: str) -> _Piece:
     if not dtype:
         return piece
-    stored = StoredModel(None, piece.weights, Path(), torch.float32, 0).cast(getattr(torch, dtype))
-    return _Piece(piece.config, dict(stored.weights), piece.make)
+    return dataclasses.replace(piece, weights=dict(_stored(piece.weights).cast(getattr(torch, dtype)).weights))
+
+
+def _stored(weights: Mapping[str, Held]) -> StoredModel:
+    """Return tensors as if they were a model."""
+    return StoredModel(None, weights, Path(), torch.float32, 0)
 
 
 def _write(folder: Path, part: Part, piece: _Piece, base: Path) -> None:
@@ -184,8 +194,11 @@ def _proof(part: Part, source: _Piece, written: _Piece, folder: Path, *, rounded
     held = {name.removeprefix("vision_model."): one for name, one in held.items()}
     different = [name for name, one in written.weights.items() if not _same(one, held.get(name))]
     equal = not different and held.keys() == written.weights.keys()
-    want = _asked(part, source.make, source.weights, source.config)
-    got = _asked(part, written.make, held, written.config)
+    with watched("asked SRC", _stored(source.weights), times=len(_IDS)) as stored:
+        want = _asked(part, source.kind, stored.weights, source.config)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with watched("asked DST", _stored(held), times=len(_IDS)) as stored:
+        got = _asked(part, written.kind, stored.weights, config)
     largest = max(float(one.abs().max()) for one in want)
     bound = LAYOUTS["hf"].rounding[rounded] * max(largest, 1.0)
     apart = max(float((one - two).abs().max()) for one, two in zip(want, got, strict=True))
@@ -200,11 +213,11 @@ def _proof(part: Part, source: _Piece, written: _Piece, folder: Path, *, rounded
     }
 
 
-def _asked(part: Part, make: Callable[[], Any], weights: Mapping[str, Held], config: Any) -> list[Tensor]:
+def _asked(part: Part, kind: Any, weights: Mapping[str, Held], config: Any) -> list[Tensor]:
     """Return logits of made-up texts, or the last state of a drawn picture."""
     tied = part == "llm" and config.tie_word_embeddings
     head = {"lm_head.weight": weights["model.embed_tokens.weight"]} if tied else {}
-    model = streamed_module(make, {**weights, **head}, said=part)
+    model = streamed_module(lambda: kind(config), {**weights, **head}, said=part)
     with torch.inference_mode():
         if part == "llm":
             return [model(input_ids=torch.tensor([ids]) % config.vocab_size).logits for ids in _IDS]
@@ -223,8 +236,7 @@ def _write_projector(
     if not weights:
         raise ValueError(f"SRC={src} holds no projector")
     named = {sequence_name(weight.name): weight.held for weight in weights}
-    stored = StoredModel(None, named, Path(), torch.float32, 0)
-    held: Mapping[str, Held] = stored.cast(getattr(torch, dtype)).weights if dtype else named
+    held: Mapping[str, Held] = _stored(named).cast(getattr(torch, dtype)).weights if dtype else named
     wide, narrow = held["0.weight"].shape
     depth = sum(name.endswith(".weight") for name in held)
     if to == "xtuner":

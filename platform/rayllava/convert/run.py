@@ -1,42 +1,31 @@
-"""SRC --open_source--> StoredModel --fill--> DST --prove--> DST/proof.json
+"""SRC --open_source--> StoredModel --fill--> DST --proof_of--> DST/proof.json
 
 DST is written beside its place, proved there, and renamed: who sees it sees all of it, with its proof.
 """
 
 from __future__ import annotations
 
-import logging
+import math
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import field_validator
 
 from rayllava import durable
-from rayllava.checkpoint import llamacpp
-from rayllava.checkpoint.layouts import LAYOUTS, Found, Layout, StoredModel, detect, fill
-from rayllava.checkpoint.manifest import ModelManifest, SourceSpec, local_model
-from rayllava.checkpoint.shards import num_bytes
-from rayllava.checkpoint.weights import Held, dtype_name, trail_of
-from rayllava.convert import prove
+from rayllava.checkpoint.layouts import LAYOUTS, Found, Layout, StoredModel, fill
+from rayllava.checkpoint.manifest import SourceSpec, local_model, read_model_manifest, write_model_manifest
+from rayllava.checkpoint.weights import dtype_name, trail_of
 from rayllava.convert.card import card
 from rayllava.convert.part import write_part
+from rayllava.convert.proof import UNPROVED, proof_of
+from rayllava.convert.target import check_room, free, making
+from rayllava.convert.watch import watched
 from rayllava.model.source import Source, open_source
-from rayllava.progress import Progress
-
-log = logging.getLogger(__name__)
 
 _SHORT = {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16", "bf16": "bfloat16"}
-
-
-_LLAMA_CPP = 2e-2
-"""Its attention keeps keys and values in float16: so far may its logits be from torch's in any case, as a share."""
-
-_UNPROVED: dict[str, Any] = {"proved": False, "reason": "not asked for: --no-proof"}
 
 
 class ConvertSpec(SourceSpec):
@@ -61,66 +50,78 @@ class ConvertSpec(SourceSpec):
 
 
 def convert(src: Path | str, dst: Path, *, to: str, spec: ConvertSpec | None = None) -> dict[str, Any]:
-    """Write the model in `src` to `dst` in another layout and return the proof, which dst/proof.json holds too.
+    """Write the model in `src` to `dst` in another layout and return the proof, which proof.json there holds too.
 
-    The proof's `proved` says whether `dst` may be relied on: nothing is when it was not to be proved.
+    The proof's `proved` says whether what was written may be relied on, and `at` where it lies: in `dst`, or beside
+    it under a name of its own when it failed its proof.
     """
     begin = time.perf_counter()
     spec = spec or ConvertSpec()
     layout = _layout(to, spec)
-    src = local_model(str(src), field="SRC")
-    if not spec.part:
-        detect(src, field="SRC")
-    _check_free(dst, src, force=spec.force)
+    src = _source(src)
+    dst = free(dst, [src, spec.base, spec.vision_tower], force=spec.force)
     with tempfile.TemporaryDirectory(prefix="rayllava-") as scratch:
         if spec.part:
-            proof = _part(src, dst, to, spec, Path(scratch))
-            proof["seconds"] = round(time.perf_counter() - begin, 2)
-            return proof
+            if spec.keep_adapters:
+                raise ValueError(f"part={spec.part} is written with its adapters merged; leave --keep-adapters out")
+            with making(dst) as target:
+                prove_it = write_part(
+                    src, target.folder, part=spec.part, to=to, spec=spec, dtype=spec.dtype, scratch=Path(scratch)
+                )
+                proof = (prove_it() if spec.proof else dict(UNPROVED)) | {"to": to, "part": spec.part}
+                proof["seconds"] = round(time.perf_counter() - begin, 2)
+                target.end(proof, failed=spec.proof and not proof["proved"])
+            return proof | {"at": str(target.at)}
         source = open_source(src, spec, scratch=Path(scratch), exact=bool(spec.dtype))
         carried = layout.carry(source.stored, spec.dtype or None)
         found = _kept(source, spec) if spec.keep_adapters else None
-        with durable.new_dir(dst) as beside:
-            with _progress("written", source.stored) as watched:
-                manifest = fill(to, beside, watched, source.manifest, dtype=spec.dtype or None, found=found)
-            durable.write_text(beside / "README.md", card(manifest, carried, dst.resolve().name))
-            proof = dict(_UNPROVED)
+        if found and layout.keep is None:
+            raise ValueError(f"to={to} has no place for adapters apart from their weights; leave --keep-adapters out")
+        if found is None:
+            check_room(dst, _size(source.stored, spec.dtype))
+        with making(dst) as target:
+            with watched("written", source.stored) as stored:
+                dtype = spec.dtype or None
+                manifest = fill(to, target.folder, stored, source.manifest, dtype=dtype, found=found)
+            durable.write_text(target.folder / "README.md", card(manifest, carried, dst.name))
+            proof = dict(UNPROVED)
             if spec.proof:
-                kind = spec.dtype or ("" if "" in layout.rounding else dtype_name(source.stored.dtype))
-                proof = _prove(
-                    source,
-                    carried,
-                    beside,
-                    manifest,
-                    spec,
-                    share=layout.rounding[kind],
-                    tolerance=layout.tolerance.get(kind, 0.0),
-                )
-                proof["dtype"] = kind or dtype_name(carried.dtype)
+                proof = proof_of(source, carried, target.folder, manifest, dtype=spec.dtype, spec=spec)
+            write_model_manifest(target.folder, manifest.but(proved=proof["proved"]))
             proof |= {"from": source.layout, "to": to, "seconds": round(time.perf_counter() - begin, 2)}
-            durable.write_json(beside / "proof.json", proof)
-    return proof
+            target.end(proof, failed=spec.proof and not proof["proved"])
+    return proof | {"at": str(target.at)}
 
 
-def _part(src: Path, dst: Path, to: str, spec: ConvertSpec, scratch: Path) -> dict[str, Any]:
-    """Write one part of a model to `dst` and return the proof."""
-    assert spec.part
-    with durable.new_dir(dst) as beside:
-        prove_it = write_part(src, beside, part=spec.part, to=to, spec=spec, dtype=spec.dtype, scratch=scratch)
-        proof = prove_it() if spec.proof else dict(_UNPROVED)
-        proof |= {"to": to, "part": spec.part}
-        durable.write_json(beside / "proof.json", proof)
-    return proof
+def _source(src: Path | str) -> Path:
+    path = local_model(str(src), field="SRC")
+    if not path.exists():
+        raise ValueError(f"SRC={src} does not exist; give a checkpoint that is here")
+    if (path / "manifest.json").is_file():
+        read_model_manifest(path, field="SRC")  # which says so if it is a run without an export
+    return path
+
+
+_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "q8_0": 1.1, "q5_0": 0.75, "q4_0": 0.65}
+_BYTES |= {"q5_k_m": 2.8, "q4_k_m": 2.7}
+"""A number takes in each type, about; a mixture that llama.cpp makes lies beside what it is made of."""
+
+
+def _size(stored: StoredModel, dtype: str) -> float:
+    """Return about how many bytes a model takes."""
+    return sum(math.prod(held.shape) * _BYTES.get(dtype, held.dtype.itemsize) for held in stored.weights.values())
 
 
 def explain(src: Path | str, *, to: str, spec: ConvertSpec | None = None) -> Iterator[tuple[str, str, str, str]]:
     """Yield (name in DST, shape and type, name in SRC, what is done to it) of every tensor, none of them read."""
     spec = spec or ConvertSpec()
-    src = local_model(str(src), field="SRC")
+    if spec.part or spec.keep_adapters:
+        raise ValueError("--explain tells of whole models with adapters merged; leave part and --keep-adapters out")
+    path = _source(src)
     with tempfile.TemporaryDirectory(prefix="rayllava-") as scratch:
-        source = open_source(src, spec, scratch=Path(scratch), exact=bool(spec.dtype))
+        source = open_source(path, spec, scratch=Path(scratch), exact=bool(spec.dtype))
         for name, held in _layout(to, spec).named(source.stored, spec.dtype or None).items():
-            begin, *steps = trail_of(held)
+            begin, *steps = trail_of(held) or ("-",)
             yield name, f"{dtype_name(held.dtype)} {held.shape}", begin, ", ".join(steps) or "as it is"
 
 
@@ -135,50 +136,6 @@ def _layout(to: str, spec: ConvertSpec) -> Layout:
     return layout
 
 
-def _prove(
-    source: Source,
-    carried: StoredModel,
-    dst: Path,
-    manifest: ModelManifest,
-    spec: SourceSpec,
-    *,
-    share: float,
-    tolerance: float,
-) -> dict[str, Any]:
-    """Return what was compared, and whether it agrees; logits may be apart by a `share` of the largest.
-
-    `spec` names the parts that DST does not hold.
-    """
-    prompts = prove.fixed_prompts()
-    with tempfile.TemporaryDirectory(prefix="rayllava-") as scratch:
-        for name in ("look", "read"):
-            (Path(scratch) / name).mkdir()
-        own = LAYOUTS[manifest.layout].own(dst, Path(scratch) / "look")
-        lacking = SourceSpec(base="" if own.llm else spec.base, vision_tower="" if own.vision else spec.vision_tower)
-        written = open_source(dst, lacking, scratch=Path(scratch) / "read", field="DST")
-        with _progress("compared", carried) as watched:
-            proof = prove.compare_tensors(watched, written.stored, tolerance=tolerance)
-        log.info("asking SRC, then DST: %s", ", ".join(prompt.name for prompt in prompts))
-        ours = prove.our_side(source.stored, source.manifest.processor, prompts)
-        if manifest.layout == "hf":
-            theirs = prove.plain_side(dst, prompts, ours)
-        else:
-            theirs = prove.our_side(written.stored, written.manifest.processor, prompts)
-        rows = min(source.stored.num_own_rows, written.stored.num_own_rows)
-    found = prove.compare_logits(prompts, ours, theirs, rows=rows)
-    for row in found.values():
-        row["bound"] = share * max(row["max_abs_logit"], 1.0)
-        row["proved"] = row["max_abs_logit_diff"] <= row["bound"] and row["max_abs_pixel_diff"] <= 1e-6
-    proof["prompts"] = found
-    proof["max_abs_logit_diff"] = {name: row["max_abs_logit_diff"] for name, row in found.items()}
-    proof["bounds"] = {name: row.pop("bound") for name, row in found.items()}
-    proof["proved"] = proof["tensors_agree"] and all(row["proved"] for row in found.values())
-    if manifest.layout == "gguf" and llamacpp.installed():
-        ran = _in_llama_cpp(dst / next(iter(manifest.files)), theirs[0], share=max(share, _LLAMA_CPP), rows=rows)
-        proof |= {"llama_cpp": ran, "proved": proof["proved"] and ran["proved"]}
-    return proof
-
-
 def _kept(source: Source, spec: ConvertSpec) -> Found:
     """Return what the checkpoint holds, adapters apart; ValueError when that cannot be."""
     if source.found is None or not any(weight.adapter for weight in source.found.weights):
@@ -186,39 +143,3 @@ def _kept(source: Source, spec: ConvertSpec) -> Found:
     if spec.dtype:
         raise ValueError("--keep-adapters leaves every tensor as it is; leave --dtype out")
     return source.found
-
-
-def _in_llama_cpp(path: Path, seen: prove.Seen, *, share: float, rows: int) -> dict[str, Any]:
-    """Return how far llama.cpp's own logits of a prompt of words are from those of what was read back."""
-    last = llamacpp.logits_of(path, seen.ids.tolist())[-len(seen.logits) :, :rows]
-    want = seen.logits[:, :rows].numpy()
-    bound = share * max(float(abs(want).max()), 1.0)
-    apart = float(abs(last - want).max())
-    said = {"version": version("llama-cpp-python"), "max_abs_logit_diff": apart, "bound": bound}
-    return said | {"proved": apart <= bound}
-
-
-@contextmanager
-def _progress(name: str, stored: StoredModel) -> Iterator[StoredModel]:
-    """Yield the model, whose tensors say when they are read, and show how far that is."""
-    done = 0
-    with Progress("MB") as progress:
-        progress.add(name, total=sum(num_bytes(held) for held in stored.weights.values()) // 1_000_000)
-
-        def seen(held: Held) -> None:
-            nonlocal done
-            done += num_bytes(held)
-            progress.at(name, done // 1_000_000)
-
-        yield stored.watched(seen)
-
-
-def _check_free(dst: Path, src: Path, *, force: bool) -> None:
-    """Raise ValueError when writing `dst` would destroy something."""
-    if dst.resolve() == src.resolve() or dst.resolve() in src.resolve().parents:
-        raise ValueError(f"DST={dst} would overwrite SRC={src}; give another folder")
-    if dst.exists() and not dst.is_dir():
-        raise ValueError(f"DST={dst} is a file; give a folder")
-    if dst.is_dir() and any(dst.iterdir()) and not force:
-        raise ValueError(f"DST={dst} is not empty; give another folder, or add --force to replace it")
-    durable.check_writable(dst.parent)

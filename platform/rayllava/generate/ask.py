@@ -65,16 +65,19 @@ def endpoint(url: str, spec: AskSpec) -> Ask:
         raise ValueError(f"{base} does not answer ({error}); is the endpoint up?") from error
 
     def ask(turns: tuple[Turn, ...], images: tuple[bytes, ...]) -> Iterator[str]:
-        stream: Any = client.chat.completions.create(
-            model=model,
-            messages=messages(turns, images),
-            max_tokens=spec.max_new_tokens,
-            temperature=spec.temperature,
-            stream=True,
-        )
-        for chunk in stream:
-            if chunk.choices:
-                yield chunk.choices[0].delta.content or ""
+        try:
+            stream: Any = client.chat.completions.create(
+                model=model,
+                messages=messages(turns, images),
+                max_tokens=spec.max_new_tokens,
+                temperature=spec.temperature,
+                stream=True,
+            )
+            for chunk in stream:
+                if chunk.choices:
+                    yield chunk.choices[0].delta.content or ""
+        except OpenAIError as error:
+            raise ValueError(f"{base} did not answer: {' '.join(str(error).split())}") from error
 
     return ask
 

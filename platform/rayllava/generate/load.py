@@ -45,6 +45,8 @@ def load_engine(
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="rayllava-") as scratch:
         found = open_source(path, source or SourceSpec(), scratch=Path(scratch), field="MODEL")
+        if found.manifest.proved is False:
+            log.warning("%s is converted and not proved to be the model it was made from", path)
         processor = Processor(found.manifest.processor, found.stored.tokenizer_dir)
         llava = restore(found.stored, dtype=number)
     quantize(llava, quant, device=place)  # type: ignore[arg-type]

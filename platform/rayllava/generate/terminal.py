@@ -24,31 +24,37 @@ from rayllava.records import IMAGE_MARK, Turn
 HELP = "\n".join(line.strip() for line in (__doc__ or "").splitlines()[2:] if line.strip()) + "\n"
 
 
+_RULES = Rules()
+
+
+def picture(name: str) -> bytes:
+    """Return the picture in a file or a data: URL; ValueError when it is none, or may not be read."""
+    if "://" in name or name.startswith("data:"):
+        return read_image(name, _RULES)
+    try:
+        content = Path(name).expanduser().read_bytes()
+    except OSError as error:
+        raise ValueError(f"image={name} cannot be read ({error.strerror}); give a file") from error
+    try:
+        check_image(content, _RULES)
+    except ValueError as error:
+        raise ValueError(f"image={name}: {error}") from error
+    return content
+
+
 class Chat:
     """What was said so far, and to whom."""
 
     def __init__(self, ask: Ask, *, system: str = "") -> None:
         self.ask = ask
-        self.rules = Rules()
         self.over = False
         self._begin(system)
 
-    def put(self, image: str) -> None:
-        """Take a picture for the next question; ValueError when it is none, or may not be read."""
-        if len(self.pictures) + len(self.waiting) >= self.rules.max_images:
-            raise ValueError(f"the dialogue has {self.rules.max_images} pictures; /reset begins a new one")
-        if "://" in image or image.startswith("data:"):
-            self.waiting.append(read_image(image, self.rules))
-            return
-        try:
-            content = Path(image).expanduser().read_bytes()
-        except OSError as error:
-            raise ValueError(f"image={image} cannot be read ({error.strerror}); give a file") from error
-        try:
-            check_image(content, self.rules)
-        except ValueError as error:
-            raise ValueError(f"image={image}: {error}") from error
-        self.waiting.append(content)
+    def put(self, picture: bytes) -> None:
+        """Take a picture for the next question; ValueError when the dialogue has as many as it can."""
+        if len(self.pictures) + len(self.waiting) >= _RULES.max_images:
+            raise ValueError(f"the dialogue has {_RULES.max_images} pictures; /reset begins a new one")
+        self.waiting.append(picture)
 
     def take(self, line: str) -> Iterator[str]:
         """Yield what a line is answered with; ValueError when it asks for what cannot be."""
@@ -82,28 +88,27 @@ class Chat:
 
     def _question(self, text: str) -> Iterator[str]:
         marks = f"{IMAGE_MARK}\n" * len(self.waiting)
-        self.turns += (Turn("user", marks + text.replace(IMAGE_MARK, "")),)
-        self.pictures += tuple(self.waiting)
+        turns = (*self.turns, Turn("user", marks + text.replace(IMAGE_MARK, "")))
+        yield from self._answer(turns, (*self.pictures, *self.waiting))
         self.waiting = []
-        yield from self._answer()
 
-    def _answer(self) -> Iterator[str]:
+    def _answer(self, turns: tuple[Turn, ...], pictures: tuple[bytes, ...]) -> Iterator[str]:
+        """Yield an answer; the dialogue goes on from it, or stays as it was if there is none."""
         answer = ""
-        for piece in self.ask(self.turns, self.pictures):
+        for piece in self.ask(turns, pictures):
             answer += piece
             yield piece
-        self.turns += (Turn("assistant", answer),)
+        self.turns, self.pictures = (*turns, Turn("assistant", answer)), pictures
         yield "\n"
 
     def _image(self, name: str) -> Iterator[str]:
-        self.put(name)
+        self.put(picture(name))
         yield f"{len(self.waiting)} for the next question\n"
 
     def _regen(self, _: str) -> Iterator[str]:
         if not self.turns or self.turns[-1].role != "assistant":
             raise ValueError("there is no answer to give again; ask something")
-        self.turns = self.turns[:-1]
-        yield from self._answer()
+        yield from self._answer(self.turns[:-1], self.pictures)
 
     def _save(self, name: str) -> Iterator[str]:
         if not name:

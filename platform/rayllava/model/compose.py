@@ -70,6 +70,23 @@ def compose(
     return StoredModel(llava.config, ordered, tokenizer_dir, ordered[TABLES[0]].dtype, num_own)
 
 
+def check_whole(stored: StoredModel, *, said: str) -> None:
+    """Raise ValueError, beginning with `said`, unless a model has every tensor in the shape that its config says."""
+    from transformers import LlavaForConditionalGeneration
+
+    with torch.device("meta"):
+        shapes = {n: tuple(p.shape) for n, p in LlavaForConditionalGeneration(stored.config).named_parameters()}
+    tied = stored.config.text_config.tie_word_embeddings
+    for name, shape in shapes.items():
+        held = stored.weights.get(name)
+        if held is None and not (tied and name == TABLES[1]):
+            raise ValueError(f"{said} lacks {name} {shape}; give a whole model")
+        if held is not None and held.shape != shape:
+            raise ValueError(f"{said}: {name} is {held.shape}, its config says {shape}; give a whole model")
+    if strange := sorted(stored.weights.keys() - shapes.keys() - {TABLES[1]}):
+        raise ValueError(f"{said}: {strange[0]} is nothing that its config has; give a whole model")
+
+
 def compose_part(
     part: Part, found: Found, folder: Path, words: dict[str, Any], *, shapes: Shapes, exact: bool, said: str
 ) -> dict[str, Held]:

@@ -17,9 +17,9 @@ from rayllava.checkpoint.layouts import LAYOUTS, Found, Own, StoredModel, cannot
 from rayllava.checkpoint.manifest import ModelManifest, SourceSpec, read_model_manifest
 from rayllava.checkpoint.parts import read_llm_config
 from rayllava.families import FAMILIES
-from rayllava.model.compose import compose
+from rayllava.model.compose import check_whole, compose
 from rayllava.prompt.assemble import assemble
-from rayllava.prompt.chat import TEMPLATES
+from rayllava.prompt.chat import TEMPLATES, template_of
 from rayllava.recipe import ModelSpec, ProcessorSpec, PromptSpec
 
 
@@ -44,8 +44,15 @@ def open_source(path: Path, spec: SourceSpec, *, scratch: Path, field: str = "SR
     layout = detect(path, field=field)
     said = _said(path, spec, field=field)
     if LAYOUTS[layout].read is not cannot_read:
+        for name, value in (("--base", spec.base), ("--vision-tower", spec.vision_tower)):
+            if value:
+                raise ValueError(f"{field}={path} is a whole model; leave {name} out")
         stored = LAYOUTS[layout].read(path)
-        return Source(layout, stored, said or _described(path, layout, stored, spec, field=field))
+        check_whole(stored, said=f"{field}={path}")
+        manifest = said or _described(path, layout, stored, spec, field=field)
+        if said is None or spec.template:
+            manifest = manifest.but(processor=_stopping(manifest.processor, manifest.family, stored))
+        return Source(layout, stored, manifest)
     template = said.processor.template if said else _template(path, spec, field=field)
     family = said.family if said else spec.family or _family(template)
     for name in ("own", "tokenizer"):
@@ -55,10 +62,17 @@ def open_source(path: Path, spec: SourceSpec, *, scratch: Path, field: str = "SR
         llm=str(base_folder(path, own, spec, field=field)),
         vision=str(tower_folder(path, own, spec, field=field)),
         family=family,
+        image_size=own.image_size,
         vision_feature_layer=own.layer,
         vision_feature_select=own.select,
     )
     words = own.words or read_llm_config(Path(model.llm), family=family)
+    kinds = (FAMILIES[family].model_type, FAMILIES[family].remap, "llama")  # which any of them may have become
+    if (kind := words.get("model_type")) not in kinds:
+        raise ValueError(
+            f"{field}={path} holds a language model of type {kind}, which is not of family {family}, the one of "
+            f"template={template}; give its own template, or family=NAME"
+        )
     length = words.get("max_position_embeddings", PromptSpec.model_fields["max_length"].default)
     aspect = said.processor.aspect if said else spec.aspect or own.aspect
     processor = assemble(
@@ -81,6 +95,8 @@ def _said(path: Path, spec: SourceSpec, *, field: str) -> ModelManifest | None:
     if not (path / "manifest.json").is_file():
         return None
     manifest = read_model_manifest(path, field=field)
+    if spec.template:
+        _template(path, spec, field=field)
     changes = spec.model_dump(include={"template", "aspect"}, exclude_none=True)
     return manifest.but(processor=manifest.processor.but(**changes), family=spec.family or manifest.family)
 
@@ -119,7 +135,7 @@ def tower_folder(path: Path, own: Own, spec: SourceSpec, *, field: str) -> Path:
 
 def _part(reference: str, flag: str) -> Path:
     try:
-        found = resolve.folder(reference)
+        found = resolve.folder(resolve.pin(reference, flag))
     except (OSError, LookupError) as error:
         raise ValueError(f"{flag}={reference} cannot be had ({error}); give its folder: {flag} DIR") from error
     if not (found / "config.json").is_file():
@@ -132,6 +148,19 @@ def _described(path: Path, layout: str, stored: StoredModel, spec: SourceSpec, *
     template = _template(path, spec, field=field)
     processor = LAYOUTS[layout].describe(path, stored, template=template, aspect=spec.aspect)
     return _fresh(path, processor, spec.family or _family(template))
+
+
+def _stopping(processor: ProcessorSpec, family: str, stored: StoredModel) -> ProcessorSpec:
+    """Return the processor with what ends an answer in its template, beside what the checkpoint's files say.
+
+    What a model says at the end of a turn is not what its tokenizer calls the end: Llama-3, Phi-3.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(stored.tokenizer_dir / "tokenizer.json"))
+    ends = (*FAMILIES[family].stop_tokens, template_of(processor.template).stop.strip())
+    known = [id_ for end in ends if end and (id_ := tokenizer.token_to_id(end)) is not None]
+    return processor.but(stop_token_ids=tuple(dict.fromkeys([*processor.stop_token_ids, *known])))
 
 
 def _template(path: Path, spec: SourceSpec, *, field: str) -> str:

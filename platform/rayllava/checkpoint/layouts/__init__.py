@@ -169,6 +169,8 @@ class Own:
     """A folder with config.json and preprocessor_config.json of a tower that it holds whole."""
     tower: str = ""
     """What it calls the tower that it was trained with: a folder, or a hub id."""
+    image_size: int | None = None
+    """Side of its pictures, where that is not what the tower's own files say."""
     layer: int = -2
     """Hidden state of the tower that the projector takes."""
     select: Literal["default", "full"] = "default"
@@ -308,7 +310,7 @@ def fill(
         raise ValueError(f"to={key} has no place for adapters apart from their weights; leave --keep-adapters out")
     else:
         files = layout.keep(folder, stored, manifest, found)
-    manifest = manifest.but(layout=key, files=files, num_own_rows=stored.num_own_rows)
+    manifest = manifest.but(layout=key, files=files, num_own_rows=stored.num_own_rows, proved=None)
     write_model_manifest(folder, manifest)
     return manifest
 

@@ -111,7 +111,7 @@ def write_adapter(folder: Path, found: Mapping[str, Adapter], *, task: str | Non
             f"base_model.model.{module}.lora_{x}.weight": held for x, held in (("A", one.down), ("B", one.up))
         }
     folder.mkdir(exist_ok=True)
-    digests = write_weights(folder, weights, stem="adapter_model")
+    digests = write_weights(folder, weights, stem="adapter_model", whole=True)  # peft reads no shards
     config = _PLAIN | {
         "r": rank,
         "lora_alpha": alpha,

@@ -91,12 +91,13 @@ def ollama_template(name: str) -> str | None:
     if words is None:
         return None
     begin, end = words.system
-    silent = f"{{{{ else }}}}{begin}{words.default}{end}" if words.default else ""
     ask, asked = words.user
+    # It is filled in round by round, .System in the first alone, and cut before an answer that is not there yet: what
+    # leads an answer would stand at the prompt's end, where it is not when the model is trained.
     return (
-        f"{{{{ if .System }}}}{begin}{{{{ .System }}}}{end}{silent}{{{{ end }}}}"
+        f"{{{{ if .System }}}}{begin}{{{{ .System }}}}{end}{{{{ end }}}}"
         f"{{{{ if .Prompt }}}}{ask}{{{{ .Prompt }}}}{asked}{{{{ end }}}}"
-        f"{words.opens}{words.lead}{{{{ .Response }}}}{words.closes}"
+        f"{words.opens}{{{{ .Response }}}}{words.closes}"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rayllava.checkpoint.gguffile import GgufTensor, Kv, Said
 from rayllava.checkpoint.layouts import StoredModel
-from rayllava.checkpoint.layouts._chat_words import chat_template, ollama_template, stops
+from rayllava.checkpoint.layouts._chat_words import TEMPLATES, chat_template, ollama_template, stops
 from rayllava.checkpoint.layouts._gguf_tokenizer import OWN_ROWS, own_rows, said_of
 from rayllava.checkpoint.parts import feature_depth
 from rayllava.recipe import ProcessorSpec
@@ -97,6 +97,8 @@ def modelfile(files: Iterable[str], spec: ProcessorSpec, tokenizer_dir: Path) ->
     ends = [tokenizer.id_to_token(id_) for id_ in spec.stop_token_ids]
     marks = dict.fromkeys([*stops(spec.template), *(end for end in ends if end)])
     lines = [*(f"FROM ./{file}" for file in files), f'TEMPLATE """{template}"""']
+    system = TEMPLATES[spec.template].default
+    lines += [f'SYSTEM """{system}"""'] if system else []
     lines += [f'PARAMETER stop "{mark}"' for mark in marks]
     return "\n".join([*lines, "PARAMETER num_keep 4", f"PARAMETER num_ctx {spec.max_length}"]) + "\n"
 
@@ -124,8 +126,7 @@ def llama_words(said: Said, tensors: dict[str, GgufTensor], path: Path) -> dict[
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "tie_word_embeddings": "output.weight" not in tensors,
     }
-    ids = {"bos": "bos", "eos": "eos"}
-    return words | {f"{role}_token_id": said.get(f"tokenizer.ggml.{key}_token_id") for role, key in ids.items()}
+    return words | {f"{role}_token_id": said.get(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos")}
 
 
 def tower_words(said: Said) -> dict[str, dict[str, Any]]:

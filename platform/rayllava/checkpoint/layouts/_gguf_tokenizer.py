@@ -70,6 +70,7 @@ def said_of(folder: Path, spec: ProcessorSpec, *, rows: int) -> dict[str, Kv]:
         said[SPACE_PREFIX] = Kv("s", _scheme(tokenizer))
         said["tokenizer.ggml.add_space_prefix"] = Kv("?", _prefixes(_scheme(tokenizer), spec.template))
     ids = {"bos": spec.bos_token_id, "eos": spec.eos_token_id, "padding": spec.pad_token_id}
+    ids["eot"] = next((id_ for id_ in spec.stop_token_ids if id_ != spec.eos_token_id), None)
     unknown = model.get("unk_token")
     ids["unknown"] = model["vocab"].get(unknown) if unknown else None
     said |= {f"tokenizer.ggml.{role}_token_id": Kv("I", id_) for role, id_ in ids.items() if id_ is not None}
@@ -116,9 +117,11 @@ def write_tokenizer(folder: Path, said: Said) -> None:
         "legacy": scheme != "first",
         "add_bos_token": said.get("tokenizer.ggml.add_bos_token", kind == "llama"),
         "added_tokens_decoder": {
-            str(row): {"content": text, "rstrip": strips and text.startswith("<|")} | flags
+            str(row): {"content": text, "rstrip": strips and text.startswith("<|") and "endoftext" not in text}
+            | flags
+            | flags
             for row, (text, type_) in enumerate(zip(texts, types, strict=True))
-            if type_ == _CONTROL
+            if type_ == _CONTROL or (type_ == _USER and strips)
         },
     }
     durable.write_json(folder / "tokenizer_config.json", config)
@@ -164,12 +167,14 @@ def _write_sentencepiece(
 def _write_bytes(path: Path, said: Said, texts: list[str], types: list[int]) -> None:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    name = said.get("tokenizer.ggml.pre", "")
+    # Files from before the key was there are Llama-3's if they have its control tokens.
+    name = said.get("tokenizer.ggml.pre", "llama-bpe" if "<|start_header_id|>" in texts else "nobody")
     cuts = {known: pattern for pattern, known in _SPLITS.items()} | {"gpt-2": ""}
     if name not in cuts:
         raise ValueError(f"{said.path} cuts words as {name} does, which is not known here; {', '.join(cuts)} are")
     added = [row for row, kind in enumerate(types) if kind in (_CONTROL, _USER)]
-    vocab = {text: row for row, text in enumerate(texts) if row not in set(added)}
+    beside = set(added)
+    vocab = {text: row for row, text in enumerate(texts) if row not in beside}
     merges = [tuple(merge.split(" ")) for merge in said["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=name == "llama-bpe"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayllava import durable
 from rayllava.checkpoint.layouts._chat_words import chat_template
+from rayllava.checkpoint.layouts._tokenizer_json import for_old_readers
 from rayllava.recipe import ProcessorSpec
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def _add_tokens(path: Path, wanted: dict[int, str]) -> dict[int, str]:
         if found.id_to_token(number) is None:
             tokenizer["added_tokens"].append({"id": number} | _added(content))
     tokenizer["added_tokens"].sort(key=lambda token: token["id"])
-    durable.write_text(path, json.dumps(tokenizer, ensure_ascii=False, indent=1))
+    durable.write_text(path, json.dumps(for_old_readers(tokenizer), ensure_ascii=False, indent=1))
     made = Tokenizer.from_file(str(path))
     contents = {number: made.id_to_token(number) or "" for number in wanted}
     for number, got in contents.items():

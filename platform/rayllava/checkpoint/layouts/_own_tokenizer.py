@@ -13,6 +13,7 @@ from typing import Any
 
 from rayllava import durable
 from rayllava.checkpoint.layouts import StoredModel
+from rayllava.checkpoint.layouts._tokenizer_json import for_old_readers
 from rayllava.checkpoint.weights import read_config
 from rayllava.recipe import ProcessorSpec
 
@@ -26,7 +27,9 @@ def write_own_tokenizer(folder: Path, stored: StoredModel, spec: ProcessorSpec) 
     listed = tokenizer["added_tokens"]
     added = {token["id"] for token in listed if _was_added(token, stored, spec)}
     tokenizer["added_tokens"] = [token for token in listed if token["id"] not in added]
-    durable.write_text(folder / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, indent=1))
+    durable.write_text(
+        folder / "tokenizer.json", json.dumps(for_old_readers(tokenizer), ensure_ascii=False, indent=1)
+    )
     if (source / "tokenizer.model").is_file():
         shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
     config = read_config(source, "tokenizer_config.json")

@@ -15,6 +15,7 @@ NOISE = (
     "chunk_size_feed_forward",
     "is_encoder_decoder",
     "use_cache",
+    "auto_map",  # of a model's own code, which lies elsewhere
 )
 """What a config object carries along and no reader of a LLaVA needs."""
 
@@ -27,7 +28,10 @@ def part_words(config: Any, dtype: str) -> dict[str, Any]:
     if rope and "rope_theta" in rope:  # transformers 4 would silently take 10000
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         words["rope_theta"] = rope["rope_theta"]
-        words["rope_scaling"] = None if scaling.get("rope_type") == "default" else scaling
+        kind = scaling.get("rope_type", "default")
+        if kind in ("linear", "dynamic"):  # old readers want these two words and no others
+            scaling = {"type": kind, "factor": scaling["factor"]}
+        words["rope_scaling"] = None if kind == "default" else scaling
     return words
 
 

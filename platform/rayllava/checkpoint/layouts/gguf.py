@@ -44,7 +44,7 @@ from rayllava.checkpoint.layouts._gguf_tokenizer import write_tokenizer
 from rayllava.checkpoint.layouts._llama import as_llama, check_clip
 from rayllava.checkpoint.manifest import ModelManifest
 from rayllava.checkpoint.parts import feature_depth
-from rayllava.checkpoint.weights import Computed, Held, dtype_name, trail_of
+from rayllava.checkpoint.weights import Computed, Held, dtype_name, has_weights, trail_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ Entries = dict[str, tuple[Held, str]]
 
 def detect(path: Path) -> bool:
     if path.is_dir():
-        return any(_is_gguf(file) for file in path.glob("*.gguf"))
+        return not has_weights(path) and any(_is_gguf(file) for file in path.glob("*.gguf"))
     return _is_gguf(path)
 
 
@@ -224,7 +224,8 @@ def _rounded(held: Held, kind: str) -> Held:
 
 def _called(manifest: ModelManifest) -> str:
     """Return the model's name: llama.cpp reads Phi-3's tokens as Phi-3 does only if the name says so."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(manifest.source.rstrip("/")).name).strip("-") or "llava"
+    said = re.sub(r"(\.gguf|\.pth|\.bin|/)+$", "", manifest.source)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(said).name).strip("-") or "llava"
     if manifest.family == "phi3" and not any(word in name.lower() for word in ("phi-3", "phi3")):
         name = f"{name}-phi-3"
     return name

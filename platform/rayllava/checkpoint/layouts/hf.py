@@ -19,7 +19,7 @@ from rayllava import durable
 from rayllava.checkpoint.layouts import Found, Layout, StoredModel, Weight, part_of, rounded
 from rayllava.checkpoint.layouts._hf_names import canonical, published
 from rayllava.checkpoint.layouts._hf_prompt import describe, own_rows, write_prompt
-from rayllava.checkpoint.layouts._words import part_words
+from rayllava.checkpoint.layouts._words import llm_words, part_words
 from rayllava.checkpoint.manifest import ModelManifest
 from rayllava.checkpoint.shards import write_weights
 from rayllava.checkpoint.weights import Held, dtype_name, open_weights, read_config, weight_files
@@ -114,7 +114,7 @@ def _config_json(stored: StoredModel, spec: ProcessorSpec) -> dict[str, Any]:
     """Return config.json in words that transformers 4 and 5 both read."""
     dtype = dtype_name(stored.dtype)
     config = part_words(stored.config, dtype)
-    text = config["text_config"] = part_words(stored.config.text_config, dtype)
+    text = config["text_config"] = llm_words(stored.config.text_config, dtype)
     config["vision_config"] = part_words(stored.config.vision_config, dtype)
     config |= {
         "architectures": ["LlavaForConditionalGeneration"],

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 _PROJECTOR = "mm_projector.bin"
 _TRAINED = "non_lora_trainables.bin"
 _TOWER = "vision_tower.vision_tower."
+_OWN_WORDS = ("mm_", "image_", "tokenizer_", "tune_", "freeze_", "use_mm_", "unfreeze_", "architectures", "auto_map")
+"""How the words of config.json begin that are not the language model's."""
 _BESIDE = "vision_tower"
 """Folder of the tower in one that we wrote."""
 
@@ -61,7 +63,7 @@ def find(path: Path, *, field: str = "MODEL") -> Found:
         added = [Weight("llm", name, product(one), said, one) for name, said, one in found]
         whole = _weights(open_weights(path / _TRAINED), tower=bool(read_config(path).get("unfreeze_mm_vision_tower")))
         return Found((*adapter, path / _TRAINED), (*added, *whole))
-    if path.is_file() or (path / _PROJECTOR).is_file():
+    if path.is_file() or ((path / _PROJECTOR).is_file() and not has_weights(path)):  # a whole model may have one too
         files = [path if path.is_file() else path / _PROJECTOR]
         return Found(tuple(files), tuple(_weights(open_weights(files[0]), tower=False)))
     files = weight_files(path, field=field)
@@ -79,17 +81,26 @@ def own(path: Path, scratch: Path) -> Own:
         said = f"image_aspect_ratio={aspect}, mm_vision_select_feature={select}"
         raise ValueError(f"{folder} was trained with {said}, which is not done here; a model of LLaVA 1.5 is wanted")
     whole = path.is_dir() and has_weights(path)
-    words = {key: value for key, value in config.items() if not key.startswith(("mm_", "image_", "tokenizer_"))}
+    words = {key: value for key, value in config.items() if not key.startswith(_OWN_WORDS)}
+    tower = config.get("mm_vision_tower") or ""
     beside, tuned = folder / _BESIDE, bool(config.get("unfreeze_mm_vision_tower"))
     return Own(
         llm=path if whole else None,
         words=words | {"model_type": "llama"} if whole else None,
         vision=beside if has_weights(beside) or ((beside / "config.json").is_file() and tuned) else None,
-        tower=config.get("mm_vision_tower") or "",
+        tower=tower,
+        image_size=_intern_size(tower),
         layer=config.get("mm_vision_select_layer", -2),
         select=_SELECTS[select],
         aspect=_ASPECTS[aspect],
     )
+
+
+def _intern_size(tower: str) -> int | None:
+    """Return the side of the pictures that InternVL's fork gives its own towers, which it reads off their name."""
+    if "intern" not in tower.lower() or "vit" not in tower.lower():
+        return None
+    return 448 if "448" in tower else 336
 
 
 def carry(stored: StoredModel, dtype: str | None) -> StoredModel:
@@ -137,9 +148,10 @@ def keep(folder: Path, stored: StoredModel, manifest: ModelManifest, found: Foun
     name = tower_id(manifest, held.config.vision_config)
     durable.write_json(folder / "config.json", _words(held, spec, tower=name, tuned=tuned))
     parts = ("projector", "vision") if tuned else ("projector",)
+    # torch.save wants them all at once: projector and tower, no language model.
     rest = {n: one.read() for n, one in held.weights.items() if part_of(n)[0] in parts}
     torch.save({f"base_model.model.{_said(n)}": tensor for n, tensor in rest.items()}, folder / _TRAINED)
-    _write_beside(folder, held, spec, weights=not (name or tuned))
+    _write_beside(folder, held, spec, weights=not name)
     return {
         "adapter_model.safetensors": write_adapter(folder, added, task="CAUSAL_LM"),
         _TRAINED: durable.digest(folder / _TRAINED),
@@ -189,8 +201,10 @@ def tower_id(manifest: ModelManifest, tower: Any) -> str:
     """Return the hub id under which a tower of this shape is published, empty when there is none that we know."""
     shape = (tower.hidden_size, tower.num_hidden_layers, tower.image_size, tower.patch_size)
     known = "openai/clip-vit-large-patch14-336"
-    said = manifest.parts.get("vision", "")
-    return said or (known if shape == (1024, 24, 336, 14) else "")
+    said = manifest.parts.get("vision", "").partition("@")[0]
+    if said.startswith(("openai/", "laion/")):  # LLaVA's code builds no others by their id
+        return said
+    return known if shape == (1024, 24, 336, 14) else ""
 
 
 def _said(name: str) -> str:
@@ -228,7 +242,7 @@ def _weights(held: dict[str, Held], *, tower: bool) -> Iterator[Weight]:
         else:
             yield Weight("llm", name, tensor, said)
     if left_out:
-        log.info("left out %d tensors of a tower that was not trained; model.vision is used", left_out)
+        log.info("left out %d tensors of a tower that was not trained; LLaVA takes it from elsewhere", left_out)
 
 
 def _names(path: Path) -> list[str]:
