@@ -10,6 +10,7 @@ until the input ends, all in one dialogue; /help lists what else it understands.
 the openai client reads it. Flags of LLaVA's and XTuner's own programs are understood too.
 
 fields: quant=none|nf4|int8   device=auto|cpu|cuda   threads=N   max_new_tokens=N   temperature=T
+        image_hosts=DOMAIN,...: where pictures may be fetched from by https: address
         template=NAME   base=DIR   vision_tower=DIR   aspect=pad|crop   family=NAME
 """
 
@@ -44,11 +45,14 @@ def main(argv: list[str]) -> None:
     if words.dry_run:
         print(json.dumps({"model": words.model, "images": words.image} | spec.model_dump(), indent=1))
         return
+    from rayllava.fetch.remote import Hosts
     from rayllava.generate.terminal import Chat, picture
 
-    images = [picture(image) for image in words.image]
+    hosts = Hosts(tuple(filter(None, spec.image_hosts.split(","))))
+    images = [picture(image, hosts) for image in words.image]
     served = words.model.startswith(("http://", "https://"))
-    chat = Chat(endpoint(words.model, spec) if served else folder(words.model, spec), system=words.system)
+    ask = endpoint(words.model, spec) if served else folder(words.model, spec)
+    chat = Chat(ask, system=words.system, hosts=hosts)
     for image in images:
         chat.put(image)
     for line in [words.prompt] if words.prompt else _lines():

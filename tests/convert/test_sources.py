@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,47 +17,8 @@ from rayllava.checkpoint.manifest import read_model_manifest
 from rayllava.convert.run import ConvertSpec, convert
 from rayllava.model.restore import restore
 from tests.checkpoint.hub_server import Hub
+from tests.convert.sources import ASSETS, SOURCES, asked
 from tests.convert.test_convert import job
-
-ASSETS = Path(__file__).parents[1] / "assets"
-
-
-class Source(NamedTuple):
-    """A checkpoint, what it takes to read it, and where its logits stand in golden.npz."""
-
-    path: str
-    layout: str
-    template: str
-    base: bool
-    tower: bool
-    golden: str
-    """How the names of its logits begin there."""
-    cases: int
-    """How many there are: with a picture, with two, with none."""
-    bound: float = 1e-4
-
-
-SOURCES = {
-    "llava whole": Source("llava_v15/whole", "llava", "vicuna_v1", False, True, "whole_", 3),
-    "llava whole of pickles": Source("llava_v15/whole_bin", "llava", "vicuna_v1", False, True, "whole_", 3),
-    "llava tuned": Source("llava_v15/tuned", "llava", "vicuna_v1", False, True, "tuned_", 3),
-    "llava projector": Source("llava_v15/pretrain", "llava", "vicuna_v1", True, True, "pretrain_", 1),
-    # LLaVA's own model with and without its adapters merged differs as much.
-    "llava lora": Source("llava_v15/lora", "llava", "vicuna_v1", True, True, "lora_", 1, 1.4e-4),
-    "xtuner adapters": Source("xtuner_internlm2/folder", "xtuner", "internlm2_chat", True, True, "folder_", 2),
-    "xtuner pth of adapters": Source("xtuner_internlm2/iter_4.pth", "xtuner", "internlm2_chat", True, True, "", 2),
-    "xtuner pth": Source("xtuner_llama3/iter_4.pth", "xtuner", "llama3_chat", True, True, "", 2),
-    "xtuner half adapters": Source("xtuner_llama3/folder", "xtuner", "llama3_chat", False, True, "folder_", 2),
-    "llava of xtuner": Source("xtuner_llama3/expected_official", "llava", "llama3_chat", False, True, "folder_", 2),
-    "xtuner whole": Source("xtuner_phi3/folder", "xtuner", "phi3_chat", False, False, "folder_", 2),
-}
-
-
-def asked(source: Source, **more: Any) -> ConvertSpec:
-    parts = (ASSETS / source.path).parent
-    given = {"base": str(parts / "llm")} if source.base else {}
-    given |= {"vision_tower": str(parts / "vision")} if source.tower else {}
-    return ConvertSpec(template=source.template, **given, **more)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -140,70 +101,6 @@ def test_a_phi3_is_taken_apart_as_xtuner_does_it(tmp_path: Path) -> None:
     files = sorted((ASSETS / "xtuner_phi3" / "expected_llama").glob("*.safetensors"))
     want = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert len(want) == 21 and all(torch.equal(got[name], tensor) for name, tensor in want.items())
-
-
-@pytest.mark.parametrize(
-    ("name", "to"),
-    [
-        ("xtuner pth of adapters", "xtuner"),
-        ("xtuner adapters", "xtuner"),
-        ("xtuner pth", "xtuner"),
-        ("llava lora", "xtuner"),
-        ("llava lora", "llava"),
-    ],
-)
-def test_adapters_may_stay_apart(name: str, to: str, tmp_path: Path) -> None:
-    source = SOURCES[name]
-    spec = asked(source, keep_adapters=True)
-    proof = convert(ASSETS / source.path, tmp_path / "out", to=to, spec=spec)
-    assert proof["proved"] and proof["bit_equal"], proof
-    again = spec.but(keep_adapters=False)
-    lacking = again.but(base="") if name == "xtuner pth" else again  # its language model was trained as a whole
-    lacking = lacking.but(vision_tower="") if to == "llava" else lacking  # it lies beside
-    merged = convert(tmp_path / "out", tmp_path / "hf", to="hf", spec=lacking)
-    assert merged["proved"]
-    want = convert(ASSETS / source.path, tmp_path / "want", to="hf", spec=again)
-    assert want["proved"]
-    one, two = (load_file(tmp_path / path / "model.safetensors") for path in ("hf", "want"))
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-
-
-def test_kept_adapters_are_those_of_xtuners_own_folder(tmp_path: Path) -> None:
-    source = SOURCES["xtuner pth of adapters"]
-    convert(ASSETS / source.path, tmp_path / "out", to="xtuner", spec=asked(source, keep_adapters=True))
-    folder = ASSETS / "xtuner_internlm2" / "folder"
-    for name in ("llm_adapter", "visual_encoder_adapter"):
-        got, want = (load_file(path / name / "adapter_model.safetensors") for path in (tmp_path / "out", folder))
-        assert got.keys() == want.keys()
-        # XTuner rounds the language model's to float16.
-        assert all(torch.equal(got[key].to(tensor.dtype), tensor) for key, tensor in want.items())
-        said, theirs = (
-            json.loads((path / name / "adapter_config.json").read_text()) for path in (tmp_path / "out", folder)
-        )
-        for key in ("r", "lora_alpha", "task_type", "peft_type", "bias", "use_rslora"):
-            assert said[key] == theirs[key], key
-        assert sorted(said["target_modules"]) == sorted(theirs["target_modules"])
-
-
-@pytest.mark.parametrize(
-    ("name", "to", "said"),
-    [
-        ("xtuner whole", "xtuner", "SRC holds no adapters; leave --keep-adapters out"),
-        ("llava lora", "hf", "to=hf has no place for adapters apart from their weights"),
-        ("llava lora", "gguf", "to=gguf has no place for adapters apart from their weights"),
-        (
-            "xtuner adapters",
-            "llava",
-            r"adapters on a Llama, which has no model.layers.0.attention.w\w+ as these have",
-        ),
-        ("xtuner pth", "llava", "SRC holds no adapters on its language model"),
-    ],
-)
-def test_adapters_that_have_no_place_apart_are_refused(name: str, to: str, said: str, tmp_path: Path) -> None:
-    source = SOURCES[name]
-    with pytest.raises(ValueError, match=said):
-        convert(ASSETS / source.path, tmp_path / "out", to=to, spec=asked(source, keep_adapters=True))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_added_rows_are_the_mean_of_the_old_ones(tmp_path: Path) -> None:
@@ -315,20 +212,6 @@ def test_a_whole_model_beside_a_projector_is_read_whole(tmp_path: Path) -> None:
         assert convert(path, tmp_path / name, to="hf", spec=spec)["proved"]
     want, got = (load_file(tmp_path / name / "model.safetensors") for name in ("want", "got"))
     assert all(torch.equal(want[key], got[key]) for key in want)
-
-
-def test_adapters_on_a_whole_llava_are_merged_into_it(tmp_path: Path) -> None:
-    source = SOURCES["llava lora"]
-    spec = asked(source, dtype="float32")
-    convert(ASSETS / source.path, tmp_path / "one", to="llava", spec=spec)
-    again = spec.but(base=str(tmp_path / "one"))
-    proof = convert(ASSETS / source.path, tmp_path / "two", to="hf", spec=again)
-    assert proof["proved"], proof
-    one, two = (load_file(tmp_path / path / "model.safetensors") for path in ("one", "two"))
-    own = load_file(ASSETS / "llava_v15" / "llm" / "model.safetensors")
-    name = "model.layers.0.mlp.down_proj.weight"
-    twice = two[f"language_model.{name}"] - one[name]
-    assert (twice - (one[name] - own[name].float())).abs().max() < 1e-5 < twice.abs().max()
 
 
 def test_old_readers_find_what_they_know(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_dialogue_is_saved_with_its_pictures(tmp_path: Path) -> None:
         ("/fly", "/fly is no command; /help lists them"),
         ("/image nowhere.png", "image=nowhere.png cannot be read"),
         (f"/image {__file__}", "the image is none of JPEG"),
-        ("/image https://example.org/cat.jpg", "remote images are off"),
+        ("/image https://example.org/cat.jpg", "remote images from this host are off"),
         ("/save", "/save wants a file"),
     ],
 )

@@ -141,8 +141,13 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def word_of(dtype: torch.dtype) -> str:
-    """Return the word of a safetensors header for torch's type."""
-    return next(word for word, known in _TYPES.items() if known == dtype_name(dtype))
+    """Return the word of a safetensors header for torch's type; ValueError for one that we do not write."""
+    for word, known in _TYPES.items():
+        if known == dtype_name(dtype):
+            return word
+    raise ValueError(
+        f"tensors of type {dtype_name(dtype)} are not written here; there are: {', '.join(_TYPES.values())}"
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -28,6 +28,8 @@ class AskSpec(SourceSpec):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, ge=1)
     """Torch threads; empty leaves torch's choice."""
+    image_hosts: str = ""
+    """Domains, with commas, that pictures may be fetched from by https: address."""
     max_new_tokens: int = Field(512, ge=1)
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""

@@ -1,7 +1,7 @@
 """A dialogue on a terminal: lines go in, pieces of text come out.
 
 a question        asked, with the pictures that were given before it
-/image FILE       a picture for the next question: a file, or a data: URL
+/image FILE       a picture for the next question: a file, a data: URL, an https: address of an allowed host
 /regen            the last question again
 /reset            forgets the dialogue and its pictures
 /system TEXT      begins anew under another system text; none: the template's own
@@ -18,6 +18,7 @@ from pathlib import Path
 from rayllava import durable
 from rayllava.fetch.address import read_image
 from rayllava.fetch.images import Rules, check_image
+from rayllava.fetch.remote import Hosts, fetch
 from rayllava.generate.ask import Ask
 from rayllava.records import IMAGE_MARK, Turn
 
@@ -25,12 +26,19 @@ HELP = "\n".join(line.strip() for line in (__doc__ or "").splitlines()[2:] if li
 
 
 _RULES = Rules()
+NOWHERE = Hosts()
+"""No host is allowed."""
 
 
-def picture(name: str) -> bytes:
-    """Return the picture in a file or a data: URL; ValueError when it is none, or may not be read."""
-    if "://" in name or name.startswith("data:"):
+def picture(name: str, hosts: Hosts = NOWHERE) -> bytes:
+    """Return the picture in a file, a data: URL, or at an https: address of one of `hosts`.
+
+    Raises ValueError when it is none, or may not be read.
+    """
+    if name.startswith("data:"):
         return read_image(name, _RULES)
+    if "://" in name:
+        return fetch(name, _RULES, hosts)
     try:
         content = Path(name).expanduser().read_bytes()
     except OSError as error:
@@ -45,8 +53,8 @@ def picture(name: str) -> bytes:
 class Chat:
     """What was said so far, and to whom."""
 
-    def __init__(self, ask: Ask, *, system: str = "") -> None:
-        self.ask = ask
+    def __init__(self, ask: Ask, *, system: str = "", hosts: Hosts = NOWHERE) -> None:
+        self.ask, self.hosts = ask, hosts
         self.over = False
         self._begin(system)
 
@@ -102,7 +110,7 @@ class Chat:
         yield "\n"
 
     def _image(self, name: str) -> Iterator[str]:
-        self.put(picture(name))
+        self.put(picture(name, self.hosts))
         yield f"{len(self.waiting)} for the next question\n"
 
     def _regen(self, _: str) -> Iterator[str]:

@@ -157,7 +157,12 @@ def _stopping(processor: ProcessorSpec, family: str, stored: StoredModel) -> Pro
     """
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(stored.tokenizer_dir / "tokenizer.json"))
+    path = stored.tokenizer_dir / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{stored.tokenizer_dir} holds no tokenizer.json; save its tokenizer with transformers first"
+        )
+    tokenizer = Tokenizer.from_file(str(path))
     ends = (*FAMILIES[family].stop_tokens, template_of(processor.template).stop.strip())
     known = [id_ for end in ends if end and (id_ := tokenizer.token_to_id(end)) is not None]
     return processor.but(stop_token_ids=tuple(dict.fromkeys([*processor.stop_token_ids, *known])))
