@@ -22,7 +22,7 @@ UNPROVED: dict[str, Any] = {"proved": False, "reason": "not asked for: --no-proo
 
 _LLAMA_CPP = 2e-2
 """Its attention keeps keys and values in float16: so far may its logits be from torch's in any case, as a share."""
-_PASSES = 3
+_PASSES = 5
 """Through the whole model, of the fixed prompts."""
 
 

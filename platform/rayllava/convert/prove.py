@@ -3,17 +3,16 @@
     SRC --our readers--------------> tensors, and logits of fixed prompts --+
     DST --its layout's own reader--> tensors, and logits of the same -------+--> proof.json
 
-A Hugging Face folder is read by none of our code: LlavaForConditionalGeneration and LlavaProcessor as anybody would
-call them. Only one side is in memory at a time, and of it one layer.
+A Hugging Face folder is asked through transformers alone, LlavaForConditionalGeneration and LlavaProcessor as anybody
+would call them; where that takes more memory than a layer, our reader hands transformers its tensors. Only one side
+is in memory at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from rayllava.checkpoint.layouts import TABLES, StoredModel
+from rayllava.checkpoint.layouts import LAYOUTS, TABLES, StoredModel
 from rayllava.checkpoint.shards import raw
 from rayllava.model.normalise import normalise
 from rayllava.model.streamed import streamed
@@ -34,6 +32,8 @@ from rayllava.records import IMAGE_MARK, Sample, Turn
 IMAGE = -200
 """What stands for an image token where two vocabularies are compared."""
 
+_SMALL = 1 << 26
+"""Numbers of a model that is loaded whole."""
 LAST = 32
 """Positions of a prompt whose logits are compared."""
 
@@ -116,9 +116,8 @@ def plain_side(folder: Path, prompts: Sequence[Prompt], other: Sequence[Seen]) -
     Where the folder has no chat template it is given the other side's ids, and prepares the pictures only.
     """
     from PIL import Image
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import LlavaProcessor
 
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that layers stay in the files is meant so
     processor: Any = LlavaProcessor.from_pretrained(folder, backend="pil")
     ids, pixels = [], []
     image = processor.image_token_id
@@ -133,15 +132,25 @@ def plain_side(folder: Path, prompts: Sequence[Prompt], other: Sequence[Seen]) -
         made = processor(text=words, images=images or None, return_tensors="pt")
         ids.append(made["input_ids"][0])
         pixels.append(made.get("pixel_values"))
-    with tempfile.TemporaryDirectory(prefix="rayllava-") as scratch:
-        # Layers stay in the files until they run; accelerate wants one part that does not.
-        model = LlavaForConditionalGeneration.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            device_map={"model": "disk", "lm_head": "cpu"},
-            offload_folder=scratch,
-        )
-        return _seen(model.eval(), ids, pixels, image)
+    return _seen(_plain_model(folder), ids, pixels, image)
+
+
+def _plain_model(folder: Path) -> Any:
+    """Return the model as transformers loads it, in float32; a large one with its layers read when they run.
+
+    Of that, transformers says that every tensor has its place, and computes with them; our reader hands them over.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    stored = LAYOUTS["hf"].read(folder)
+    if sum(math.prod(held.shape) for held in stored.weights.values()) <= _SMALL:
+        return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    loader: Any = LlavaForConditionalGeneration
+    _, report = loader.from_pretrained(folder, dtype="auto", device_map={"": "meta"}, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            raise ValueError(f"DST: transformers finds {len(report[kind])} {kind.replace('_', ' ')}")
+    return streamed(stored)
 
 
 def fixed_prompts() -> list[Prompt]:
@@ -157,29 +166,14 @@ def fixed_prompts() -> list[Prompt]:
 
 
 def _seen(model: Any, ids: Sequence[Tensor], pixels: Sequence[Tensor | None], image: int) -> list[Seen]:
-    """Run the prompts, those of about one length together, since every pass may read all weights anew."""
-    seen: dict[int, Seen] = {}
-    for group in _alike([len(one) for one in ids]):
-        padded = pad_sequence([ids[i] for i in group], batch_first=True)  # (B, T), padded after all that is looked at
-        pictures = [picture for i in group if (picture := pixels[i]) is not None]
+    """Run the prompts one by one: together they would need more memory than a layer does."""
+    seen = []
+    for one, pictures in zip(ids, pixels, strict=True):
         with torch.inference_mode():
-            given = torch.cat(pictures) if pictures else None
-            states = model.model(input_ids=padded, pixel_values=given).last_hidden_state  # (B, T, D)
-            last = [state[: len(ids[i])][-LAST:] for i, state in zip(group, states, strict=True)]  # each (L, D)
-            logits = model.lm_head(torch.cat(last)).split([len(each) for each in last])
-        for i, row in zip(group, logits, strict=True):
-            seen[i] = Seen(ids[i].masked_fill(ids[i] == image, IMAGE), pixels[i], row.float())
-    return [seen[i] for i in range(len(ids))]
-
-
-def _alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Return the places of lengths, in groups whose longest is at most a quarter longer than the shortest."""
-    groups: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
-        if not groups or lengths[place] > 1.25 * lengths[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(place)
-    return groups
+            state = model.model(input_ids=one.unsqueeze(0), pixel_values=pictures, use_cache=False).last_hidden_state
+            logits = model.lm_head(state[0, -LAST:])  # (L, V)
+        seen.append(Seen(one.masked_fill(one == image, IMAGE), pictures, logits.float()))
+    return seen
 
 
 def _apart(one: Tensor | None, two: Tensor | None) -> float:

@@ -6,7 +6,9 @@ module computes; what it takes is the memory of its largest layer, so that a mod
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -90,3 +92,16 @@ class _Fetch:
 def _drop(module: nn.Module, args: Any, output: Any) -> None:
     for key, parameter in module.named_parameters(recurse=False):
         setattr(module, key, nn.Parameter(parameter.to("meta"), requires_grad=False))
+    _give_back()
+
+
+@cache
+def _libc() -> Any:
+    found = ctypes.CDLL(None)
+    return found if hasattr(found, "malloc_trim") else None
+
+
+def _give_back() -> None:
+    """Return to the system what earlier layers needed: the C library would keep it, in pieces of all sizes."""
+    if (libc := _libc()) is not None:
+        libc.malloc_trim(0)
