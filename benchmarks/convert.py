@@ -101,7 +101,8 @@ def make(folder: Path, gigabytes: float, megabytes: int) -> None:
     from rayllava.checkpoint.weights import Computed
     from tests.tiny import assembled, make_parts
 
-    parts = make_parts(folder.parent / "parts")
+    # A tokenizer of SentencePiece's, as real ones are: GGUF has no words for others.
+    parts = make_parts(folder.parent / "parts").but(llm=str(ROOT / "tests" / "assets" / "llava_v15" / "llm"))
     spec = assembled(parts, folder.parent / "tokenizer", max_length=2048)
     hidden, wide, rows = 2048, 5632, 32000
     layer = 2 * (4 * hidden * hidden + 3 * hidden * wide)
