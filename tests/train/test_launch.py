@@ -47,7 +47,10 @@ def tiny(parts: ModelSpec, shards: Path, out: Path, *more: str) -> Recipe:
     ("word", "said"),
     [
         ("data={tmp}", r"data=.* is not a shard folder \(no manifest.json\); make one with jobs/shard.py"),
-        ("init_from={tmp}", r"init_from=.* is no run, nor a model in a layout that we read; there are: gguf, hf, llava"),
+        (
+            "init_from={tmp}",
+            r"init_from=.* is no run, nor a model in a layout that we read; there are: gguf, hf, llava",
+        ),
         ("out={file}/run", r"out=.*/run cannot be written \(Not a directory\); give a folder"),
         ("model.llm={tmp}/none", r"model.llm=.*/none does not exist; give a model folder or a hub id"),
         ("model.llm={tmp}", r"model.llm=.* has no config.json; give a folder that holds a model"),

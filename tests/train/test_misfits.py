@@ -114,7 +114,11 @@ def test_a_start_that_is_none_is_named(dialogues: Path, tmp_path: Path) -> None:
     for source, model, said in [
         (tmp_path / "odd", VICUNA, r"odd/config.json is damaged .*; fetch it again"),
         (tmp_path / "none", VICUNA, r"init_from=.*none does not exist here; give a run or a checkpoint"),
-        (tmp_path / "empty", VICUNA, r"init_from=.*empty is no run, nor a model in a layout .*: gguf, hf, llava, xtuner"),
+        (
+            tmp_path / "empty",
+            VICUNA,
+            r"init_from=.*empty is no run, nor a model in a layout .*: gguf, hf, llava, xtuner",
+        ),
         (tmp_path / "zero", VICUNA, r"init_from=.*zero is in DeepSpeed's pieces; give the folder that `xtuner conv"),
         (damaged, VICUNA, r"damaged.bin cannot be read: File is not a zip file"),
         (LLAVA / "pretrain", None, r"does not say what model it belongs to; add model.llm=DIR model.vision=DIR"),
