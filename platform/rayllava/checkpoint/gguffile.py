@@ -135,9 +135,8 @@ def encoded(tensor: Tensor, kind: str) -> np.ndarray[Any, Any]:
     from gguf import GGMLQuantizationType, quants
 
     tensor = tensor.detach().contiguous()
-    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(kind)
-    if plain is not None:
-        return tensor.to(plain).flatten().view(torch.uint8).numpy()
+    if kind in _PLAIN:
+        return tensor.to(read_dtype(kind)).flatten().view(torch.uint8).numpy()
     return quants.quantize(tensor.float().numpy(), GGMLQuantizationType[kind]).reshape(-1).view(np.uint8)
 
 
@@ -146,22 +145,22 @@ def decoded(content: np.ndarray[Any, Any], kind: str, shape: tuple[int, ...]) ->
     import torch
     from gguf import GGMLQuantizationType, quants
 
-    dtype = read_dtype(kind)
     if kind in _PLAIN:
-        return torch.from_numpy(content).view(dtype).reshape(shape)
+        return torch.from_numpy(content).view(read_dtype(kind)).reshape(shape)
     width = stored_bytes(shape[-1:], kind)
     rows = quants.dequantize(content.reshape(-1, width), GGMLQuantizationType[kind])
     return torch.from_numpy(np.ascontiguousarray(rows, np.float32)).reshape(shape)
 
 
-_PLAIN = ("F32", "F16", "BF16")
+_PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""torch's types by ggml's that are not quantized."""
 
 
 def read_dtype(kind: str) -> torch.dtype:
     """Return torch's type of what is read of a tensor in a type of ggml's."""
     import torch
 
-    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+    return getattr(torch, _PLAIN.get(kind, "float32"))
 
 
 def fits(shape: tuple[int, ...], kind: str) -> bool:
@@ -223,8 +222,7 @@ class _Header:
         return self.bytes(self.number("Q")).decode()
 
     def bytes(self, size: int) -> bytes:
-        if self.at + size > len(self.content):
-            raise struct.error(f"{size} bytes where the file has {len(self.content) - self.at}")
+        self.room(size)
         self.at += size
         return self.content[self.at - size : self.at]
 
@@ -238,12 +236,11 @@ class _Header:
             self.room(8 * size)
             return [self.text() for _ in range(size)]
         letter = _SCALARS[kind]
-        self.room(struct.calcsize(f"<{letter}") * size)
         return list(struct.unpack(f"<{size}{letter}", self.bytes(struct.calcsize(f"<{letter}") * size)))
 
     def room(self, size: int) -> None:
         if self.at + size > len(self.content):
-            raise struct.error(f"an array of {size} bytes where the file has {len(self.content) - self.at}")
+            raise struct.error(f"{size} bytes where the file has {len(self.content) - self.at}")
 
     def info(self) -> tuple[str, tuple[int, ...], str, int]:
         from gguf import GGMLQuantizationType

@@ -75,8 +75,6 @@ def convert(src: Path | str, dst: Path, *, to: str, spec: ConvertSpec | None = N
         source = open_source(src, spec, scratch=Path(scratch), exact=bool(spec.dtype))
         carried = layout.carry(source.stored, spec.dtype or None)
         found = _kept(source, spec) if spec.keep_adapters else None
-        if found and layout.keep is None:
-            raise ValueError(f"to={to} has no place for adapters apart from their weights; leave --keep-adapters out")
         if found is None:
             check_room(dst, _size(source.stored, spec.dtype))
         with making(dst) as target:

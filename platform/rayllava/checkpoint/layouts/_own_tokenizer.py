@@ -53,6 +53,13 @@ def write_own_tokenizer(folder: Path, stored: StoredModel, spec: ProcessorSpec) 
     return {role: ids[text] for role, text in roles.items()}
 
 
+def write_ends(folder: Path, stored: StoredModel, spec: ProcessorSpec, pad: int | None) -> None:
+    """Write generation_config.json: where a text begins and what ends an answer, among the model's own tokens."""
+    ends = [id_ for id_ in spec.stop_token_ids if id_ < stored.num_own_rows]
+    said = {"bos_token_id": spec.bos_token_id, "eos_token_id": ends, "pad_token_id": pad}
+    durable.write_json(folder / "generation_config.json", said)
+
+
 def _was_added(token: dict[str, Any], stored: StoredModel, spec: ProcessorSpec) -> bool:
     """Whether a token came with pictures: behind the model's own rows, or in rows that were kept free for such."""
     new = token["id"] in (spec.image_token_id, spec.pad_token_id) and token["content"] in ("<image>", "<pad>")

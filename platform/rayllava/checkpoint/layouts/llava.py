@@ -25,7 +25,7 @@ from rayllava.checkpoint.layouts._adapters import adapters_on, product, read_ada
 from rayllava.checkpoint.layouts._hf_names import COMPUTED
 from rayllava.checkpoint.layouts._hf_prompt import preprocessor
 from rayllava.checkpoint.layouts._llama import as_llama, check_clip
-from rayllava.checkpoint.layouts._own_tokenizer import write_own_tokenizer
+from rayllava.checkpoint.layouts._own_tokenizer import write_ends, write_own_tokenizer
 from rayllava.checkpoint.layouts._projector import projector_name, sequence_name
 from rayllava.checkpoint.layouts._words import llm_words, part_words
 from rayllava.checkpoint.manifest import ModelManifest
@@ -124,9 +124,7 @@ def fill(folder: Path, stored: StoredModel, manifest: ModelManifest, dtype: str 
     words = _words(held, spec, tower=name, tuned=True)
     words["pad_token_id"] = ids.get("pad_token", ids.get("unk_token", spec.eos_token_id))
     durable.write_json(folder / "config.json", words)
-    ends = [id_ for id_ in spec.stop_token_ids if id_ < held.num_own_rows]
-    begins = {"bos_token_id": spec.bos_token_id, "eos_token_id": ends, "pad_token_id": words["pad_token_id"]}
-    durable.write_json(folder / "generation_config.json", begins)
+    write_ends(folder, held, spec, words["pad_token_id"])
     durable.write_json(folder / "preprocessor_config.json", preprocessor(spec.but(aspect="crop")))
     _write_beside(folder, held, spec, weights=not name)
     return files

@@ -33,7 +33,7 @@ from rayllava.checkpoint.layouts._adapters import (
 from rayllava.checkpoint.layouts._hf_names import COMPUTED
 from rayllava.checkpoint.layouts._hf_prompt import preprocessor
 from rayllava.checkpoint.layouts._llama import check_clip
-from rayllava.checkpoint.layouts._own_tokenizer import write_own_tokenizer
+from rayllava.checkpoint.layouts._own_tokenizer import write_ends, write_own_tokenizer
 from rayllava.checkpoint.layouts._projector import projector_name, sequence_name
 from rayllava.checkpoint.layouts._words import llm_words, part_words
 from rayllava.checkpoint.manifest import ModelManifest
@@ -133,9 +133,7 @@ def fill(folder: Path, stored: StoredModel, manifest: ModelManifest, dtype: str 
 def _write_llm(folder: Path, held: StoredModel, spec: ProcessorSpec) -> dict[str, str]:
     ids = write_own_tokenizer(folder, held, spec)
     durable.write_json(folder / "config.json", llm_words(held.config.text_config, dtype_name(held.dtype)))
-    ends = [id_ for id_ in spec.stop_token_ids if id_ < held.num_own_rows]
-    begins = {"bos_token_id": spec.bos_token_id, "eos_token_id": ends, "pad_token_id": ids.get("pad_token")}
-    durable.write_json(folder / "generation_config.json", begins)
+    write_ends(folder, held, spec, ids.get("pad_token"))
     return write_weights(folder, _parts(held)["llm"])
 
 
